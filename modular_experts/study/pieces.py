@@ -8,7 +8,7 @@ depend on it, and to no others.
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from modular_experts.reports.results import Facts
 from modular_experts.study.apart import MergeEntry
 from modular_experts.study.merges import choose, combine_and_test
 from modular_experts.study.piece import Piece
-from modular_experts.study.plan import BASE, Study, groups
+from modular_experts.study.plan import BASE, Study, base_name, groups
 from modular_experts.study.short_forms import stored_in
 from modular_experts.study.work import do, measure_experts, put, take, test, train
 
@@ -53,9 +53,9 @@ class _Plan:
         for number, (seed, self.study) in enumerate(of_seeds.items()):
             self.base = Base.open(self.study.base).identity
             if not same:
-                self._test(BASE, (), [*study.tasks], (BASE, seed), [], seed=seed)
+                self._test_base((BASE, seed), seed)
             elif number == 0:
-                self._test(BASE, (), [*study.tasks], (BASE,), [], seed=None)
+                self._test_base((BASE,), None)
             for kind, configs in self.study.joint.items():
                 # The longest pieces go first, so that no process does one while the others have nothing left to do.
                 name = study.joint_name(kind, seed)
@@ -64,6 +64,14 @@ class _Plan:
                 self._test(kind, (name,), [*study.tasks], (kind, seed), [trained], seed=seed, own=own)
             for kind in study.experts:
                 self._experts_of(kind, seed)
+
+    def _test_base(self, words: Key, seed: int | None) -> None:
+        whole = self.study
+        self._test(BASE, (), [*whole.tasks], words, [], seed=seed)
+        for shots in whole.base_shots:
+            self.study = replace(whole, data=whole.data | {"shots": shots})
+            self._test(base_name(shots), (), [*whole.tasks], (*words, f"{shots}-shot"), [], seed=seed)
+        self.study = whole
 
     def _experts_of(self, kind: str, seed: int) -> None:
         study = self.study

@@ -31,6 +31,7 @@ class Study:
         counts: How many experts are merged, in ascending order.
         draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
         joint: The configs of the fit of each kind with one expert of all held-in tasks.
+        base_shots: Numbers of demonstrations behind which the base is also tested.
     """
 
     base: str
@@ -48,6 +49,7 @@ class Study:
     metrics: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
+    base_shots: tuple[int, ...] = ()
     trust: tuple[str, ...] = field(default_factory=trusted)
     """Modules and classes that pieces trust in their processes, as this process does (`library/described.py`)."""
 
@@ -78,6 +80,11 @@ class Study:
     def joint_name(self, kind: str, seed: int) -> str:
         """Return the name in the library of an expert of all tasks."""
         return f"{kind}-seed{seed}" if len(self.seeds) > 1 else kind
+
+
+def base_name(shots: int) -> str:
+    """Return how tables name the base behind some demonstrations."""
+    return f"{BASE}, {shots}-shot" if shots else BASE
 
 
 def slug(name: str) -> str:

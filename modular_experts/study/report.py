@@ -30,6 +30,7 @@ from modular_experts.study.summary import (
     HALF,
     OF_OWN,
     TUNED,
+    bases_of,
     best_merges,
     findings,
     interval_text,
@@ -131,7 +132,8 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
             merges = [merge for merge in rows.values("merge") if merge not in kept_apart(results, kind)]
             merged = {merge: rows.where(merge=merge, count=most, role=role).mean(metric) for merge in merges}
             groups.append([MarkedRow(f"{kind}{SINGLE}", alone, head=True), *_marked_rows(merged)])
-        known = {model: results.where(model=model, role=role).mean(metric) for model in (BASE, *facts.get("joint", []))}
+        models = [*bases_of(results), *facts.get("joint", [])]
+        known = {model: results.where(model=model, role=role).mean(metric) for model in models}
         references = {model: value for model, value in known.items() if value is not None}
         panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
     words = metric_words(metric)

@@ -56,6 +56,7 @@ def results_of(study: Study, state: State) -> Results:
         "kinds": [*study.experts],
         "seeds": [*study.seeds],
         "joint": [*study.joint],
+        "base_shots": [*study.base_shots],
         "experts": study.experts,
         "merges": {kind: [asdict(way) for way in ways] for kind, ways in study.merges.items()},
         "data": study.data,

@@ -72,6 +72,7 @@ class Description:
         seeds: Seeds of the trainings (default: [0]). `{seed}` in the base, in tasks and in experts stands for them.
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
+        base_shots: Also test the base behind so many demonstrations of each row's task, such as [4, 8].
         max_new_tokens: Length limit of a generated answer.
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
             float32.
@@ -92,13 +93,14 @@ class Description:
     seeds: list[int] | None = None
     data: dict | None = None
     fit: dict | None = None
+    base_shots: list[int] | None = None
     max_new_tokens: int = 64
     dtype: DType = "float32"
     metrics: Metrics | None = None
     measures: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("merges", "counts", "seeds"):
+        for name in ("merges", "counts", "seeds", "base_shots"):
             listed = getattr(self, name)
             if isinstance(listed, str | int) or (isinstance(listed, Mapping) and name != "counts"):
                 raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
@@ -110,6 +112,10 @@ class Description:
             raise ValueError(f"seeds={self.seeds} must be one or more different numbers, such as [0, 1, 2]")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
+        if bad := [shots for shots in self.base_shots or () if shots < 1]:
+            raise ValueError(
+                f"base_shots={bad[0]} must be at least 1; the base without demonstrations is always tested"
+            )
         make("dtype", DType, self.dtype)
         text_metrics(self.metrics)
         make("measures", dict[str, Measure], {**(self.measures or {})})
@@ -157,6 +163,7 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         matrix=described.matrix,
         seeds=seeds,
         data=dict(described.data or {}),
+        base_shots=tuple(described.base_shots or ()),
         max_new_tokens=described.max_new_tokens,
         dtype=described.dtype,
         metrics=named_metrics(described.metrics),

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from modular_experts.reports import Results
 from modular_experts.reports.results import METRICS, SHARES, Facts, better, format_of
 from modular_experts.reports.tables import Column, Line, Table, number_text, percent
-from modular_experts.study.plan import BASE, SINGLE
+from modular_experts.study.plan import BASE, SINGLE, base_name
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, best_of
 
 TUNED = " tuned"
@@ -82,7 +82,7 @@ def summary(results: Results, counts: Collection[int] | None = None) -> Table:
     metric = results.main_metric
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
     many = len(counts or results.where(metric=metric).values("count")) > 1
-    groups = [[Line(BASE, results.where(model=BASE))]]
+    groups = [[Line(name, results.where(model=name)) for name in bases_of(results)]]
     for kind in results.facts["kinds"]:
         judged_rows = judged(results, kind)
         alone = Results(judged_rows.where(merge=None).rows, {"count": 1})
@@ -124,6 +124,11 @@ def _summary_columns(metric: str, best: Literal["", "high", "low"]) -> list[Colu
     if metric != "loss":
         columns.append(Column("loss", lambda rows: rows.mean("loss", role="held_in"), format_of("loss")))
     return columns
+
+
+def bases_of(results: Results) -> list[str]:
+    """Return how the rows of the base are called: without demonstrations, then behind some."""
+    return [BASE, *map(base_name, results.facts.get("base_shots", ()))]
 
 
 def largest_count(results: Results) -> int:

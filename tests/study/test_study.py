@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from testbed.here import STUDY, work_here
 
 from modular_experts.__main__ import main
+from modular_experts.data import TaskMixture
 from modular_experts.evaluation import evaluate
 from modular_experts.library import Library, open_expert, open_statistics
 from modular_experts.library.atomic import locked
@@ -100,6 +101,20 @@ class Watch(Callback):
         self.trained.append(weakref.ref(module.model))
         if len(self.trained) == 2:
             raise ValueError("this training fails")
+
+
+def test_the_base_behind_demonstrations_is_a_row_of_its_own(settings, capsys) -> None:
+    assert study(settings | {"base_shots": [2]}) == 0
+    assert "\nbase, 2-shot " in capsys.readouterr().out
+    found = Results.read("runs/mine/results.json")
+    names = ["upper.jsonl", "reverse.jsonl", "first.jsonl"]
+    for model, shots in (("base", 0), ("base, 2-shot", 2)):
+        data = TaskMixture(names, shots=shots)
+        alone = evaluate("base", {"base": []}, data, max_new_tokens=3).where(model="base", metric="loss")
+        for row in alone.rows:
+            same = found.where(model=model, metric="loss", task=row["task"]).rows
+            assert [other["value"] for other in same] == [pytest.approx(row["value"])]
+    assert redone(settings | {"base_shots": [2, 4]}) == ["tests base 4-shot"]
 
 
 def test_neither_a_training_nor_a_failed_one_stays_in_memory(settings) -> None:
