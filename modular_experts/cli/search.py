@@ -328,6 +328,7 @@ def combine(
     budget: str | None = None,
     distilled: Distilled | None = None,
     router: Router | None = None,
+    into: Callable[[Tensor], Expert] | None = None,
     overwrite: bool = False,
     base: str | None = None,
     dtype: DType | None = None,
@@ -347,6 +348,7 @@ def combine(
         budget: The most bytes beside the base, such as 50MB; a merge takes none.
         distilled: Settings of the merge Distilled, such as --distilled.steps 80; 40 steps if you give none.
         router: The router, as for `route`.
+        into: Also train one expert of this type on the experts' answers, as `distill` does, such as SparseExpert.
         overwrite: Replace what `out` holds of other experts, rows or settings.
         dtype: Data type of the base; by default as it is stored, but float32 where a router learns.
 
@@ -358,7 +360,7 @@ def combine(
     table = _GrowingTable(router or DEFAULT_ROUTER(), data is not None and "held_out" in data.roles.values())
     with quiet():
         bar = progress_bar("combining")
-        how = distilled, router, overwrite, bar, base, dtype, _print_plan, table.add
+        how = distilled, router, into, overwrite, bar, base, dtype, _print_plan, table.add
         done = combine_experts(experts, out, data, *how)
     print("kept: exact match, 100 % for each task's own expert; bytes: beside the base; time: of a pass, base 1")
     within = f" within {budget}" if budget else ""

@@ -5,6 +5,7 @@ was interrupted. Each way is measured before the next one is made, and the ways 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
@@ -19,6 +21,7 @@ from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.rows import SPLITS, content_hash
+from modular_experts.experts import Expert
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
@@ -29,15 +32,17 @@ from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
 from modular_experts.merging.combine_measure import Measurement, Way, clock
 from modular_experts.merging.combine_plan import WayWork, WholeProgress, Work, WorkEstimate, WorkPlan
-from modular_experts.merging.distill import distill, without_data
+from modular_experts.merging.distill import distill, distill_into, without_data
 from modular_experts.merging.merged import merge
 from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
 from modular_experts.merging.route import route
 from modular_experts.merging.shrink import shrink
 from modular_experts.merging.statistics import batches_by_length, take_statistics
 from modular_experts.methods import Distilled
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
+from modular_experts.training.checkpoint import as_config
+from modular_experts.training.estimate import logging_from
 
 MEASURED = "combine.json"
 ROUTED = "routed"
@@ -75,6 +80,7 @@ def combine(
     data: TaskMixture | None = None,
     distilled: Distilled | None = None,
     router: Router | None = None,
+    into: Callable[..., Expert] | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
     base: str | None = None,
@@ -94,6 +100,7 @@ def combine(
         distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from. If not given, the
             search takes 40 steps.
         router: The router; `KernelRidge` if not given.
+        into: Also train one expert of this type by `distill_into`.
         overwrite: Replace what `out` holds of other experts, rows or settings.
         progress: Wraps the hundredths of the whole work.
         base: The base's directory or hub id; the one in the experts' records by default.
@@ -119,7 +126,7 @@ def combine(
         settings.append(dtype)
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     known = json.loads(file.read_text(encoding="utf-8"))
-    combining = _Combining(opened, out, rows, method, router, base, dtype)
+    combining = _Combining(opened, out, rows, method, router, into, base, dtype)
     ways: dict[str, Way] = {}
     for name, making in combining.makings.items():
         if name in known["ways"]:
@@ -225,6 +232,7 @@ class _Combining:
         rows: _Rows,
         method: Distilled,
         router: Router,
+        into: Callable[..., Expert] | None,
         base: str | None,
         dtype: DType | None,
     ) -> None:
@@ -253,6 +261,11 @@ class _Combining:
             f"{chooses}, shrunk experts": _Making(self._small / ROUTED, inputs, self._shrink, shrinking),
             "Distilled": _Making(out / "distilled", f"{inputs}, a search", self._distill, distilling),
         }
+        if into:
+            place = out / f"one-{result_key(as_config(into))[:8]}"
+            train = partial(self._train_one, into, place)
+            title = f"{_call_of(into)}, distilled"
+            self.makings[title] = _Making(place, f"{inputs}, a training", train, {"tasks": 0.3, "steps": 0.7})
 
     def run(self, left: Sequence[str], progress: Progress, planned: Callable[[WorkPlan], None] | None) -> Iterator[Way]:
         """Make and measure the ways that are left, one after the other."""
@@ -283,14 +296,14 @@ class _Combining:
         parameters = sum(parameter.numel() for parameter in structure.parameters())
         lengths = [len(example.tokens.ids) for example in self._measuring_examples()]
         reading = WorkEstimate(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
-        merged, routed, small, distilled = self.makings
+        merged, routed, small, distilled, *one = self.makings
         # To make the way, and to measure it.
         tokens = {
             merged: (reading.merge(), reading.measure()),
             routed: (0.0, reading.routed()),
             small: (reading.shrink(SHRINK_ROWS), reading.routed()),
             distilled: (reading.distill(), reading.measure()),
-        }
+        } | {name: (reading.train_one(), reading.measure()) for name in one}
         ways = {name: WayWork(self.makings[name].needs, *tokens[name]) for name in left}
         prompts = 0.0
         if routed in left or small in left:
@@ -390,7 +403,44 @@ class _Combining:
             read=partial(objective_on_base, model=self._model, judged=JUDGED_BATCHES),
         )
 
+    def _train_one(self, into: Callable[..., Expert], place: Path, progress: Progress) -> None:
+        # The whole progress stands in the place of a dozen lines about the training.
+        with logging_from(logging.WARNING, "modular_experts"):
+            distill_into(
+                self._opened,
+                place,
+                into,
+                tasks=self._rows.learned,
+                rows=self._routed_rows,
+                max_new_tokens=self._method.max_new_tokens,
+                base=self._base,
+                dtype=self._dtype or "float32",
+                progress=progress,
+                overwrite=True,
+                trainer={"logger": False, "enable_checkpointing": False, "callbacks": [_Steps(progress)]},
+            )
+
     @property
     def _model(self) -> PreTrainedModel | None:
         """The base that measures, if it is loaded already."""
         return None if self._measurement is None else self._measurement.model
+
+
+def _call_of(factory: Callable[..., Expert]) -> str:
+    """Return the name of a type of expert, with its settings if there are any."""
+    settings = ", ".join(f"{name}={value}" for name, value in getattr(factory, "keywords", {}).items())
+    name = str(getattr(factory, "func", factory).__name__)
+    return f"{name}({settings})" if settings else name
+
+
+class _Steps(Callback):
+    """Shows the steps of a training in a progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._left = iter(self._progress(Counted(range(int(trainer.estimated_stepping_batches)), "steps")))
+
+    def on_train_batch_end(self, *arguments: object) -> None:
+        next(self._left, None)

@@ -136,6 +136,10 @@ class WorkEstimate:
         seen = self._tokens(self.method.rows)
         return self.merge() + 2 * seen + STEP * seen / inputs * steps * len(self.learned.prompts)
 
+    def train_one(self) -> float:
+        """The answers of the experts, their predictions, and three epochs of training on all of them."""
+        return (2 + 3 * STEP) * self._tokens(self.method.rows)
+
     def measure(self) -> float:
         """The rows that measure, once."""
         answers = ANSWER * len(self.measured) if self.answers else 0

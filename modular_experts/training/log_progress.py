@@ -50,6 +50,10 @@ class _StandardError(logging.Handler):
 def lines_on_stderr() -> Iterator[None]:
     """Print what this package logs to stderr, on the first rank only: from INFO on, or from the level that is set."""
     logger = logging.getLogger("modular_experts")
+    if any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        # A call within this one prints no line twice.
+        yield
+        return
     handler = _StandardError()
     before = logger.level
     logger.setLevel(before or logging.INFO)

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import string
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,35 @@ def test_the_better_choice_within_each_budget(place, done) -> None:
     assert exact(place, whole) > max(0.2, exact(place, merged))
     for budget, fitting in ((small.bytes, [merged, small, distilled]), (small.bytes - 1, [merged, distilled])):
         assert done.best(budget) is max(fitting, key=lambda way: way.kept)
+
+
+def test_one_expert_is_trained_where_it_is_asked_for(place, done, tmp_path, monkeypatch, caplog) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    experts = [place / "library" / name for name in NAMES]
+    seen: list = []
+    plans: list = []
+
+    def progress(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    how = {"distilled": FEW, "progress": progress, "planned": plans.append}
+    made = combine(experts, tmp_path / "out", **how, into=partial(LoRAExpert, rank=4))
+    names = [way.name for way in done.ways]
+    assert [way.name for way in made.ways] == [*names, "LoRAExpert(rank=4), distilled"]
+    (plan,) = plans
+    assert [way.name for way in plan.ways] == ["LoRAExpert(rank=4), distilled"]
+    assert seen == list(range(100))
+    one = made.ways[-1]
+    expert = open_expert(one.place)
+    assert expert.record["hyperparameters"]["distilled"]["rows"] == dict.fromkeys(NAMES, 18)
+    assert expert.record["hyperparameters"]["rank"] == 4
+    assert one.bytes == 0
+    other = combine(experts, tmp_path / "out", **how, into=LoRAExpert)
+    assert other.ways[-1].name == "LoRAExpert, distilled"
+    assert other.ways[-1].place != one.place
+    assert "step" not in caplog.text
 
 
 def test_distilled_learns_from_every_input_that_does_not_measure(place, done) -> None:
