@@ -1,5 +1,6 @@
 """Define the contract of an expert, which owns the trained state of one site and states its delta."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NoReturn, Self
@@ -171,3 +172,18 @@ class InPlaceExpert(Expert):
 def trains_weight(expert: Expert) -> bool:
     """Return whether an expert trains the layer's own weight."""
     return isinstance(expert, InPlaceExpert) and expert.trains_weight
+
+
+ExpertFactory = Callable[[Tensor], Expert]
+"""Makes an expert for a weight: a type, or a `partial` of one with settings."""
+
+
+def title_of(factory: ExpertFactory) -> str:
+    """Return the name of a type of expert, with the settings that a `partial` gives it beside their defaults."""
+    # The parser of the command line makes a partial of a function of its own, whose argument is the type.
+    parts = [getattr(factory, "func", factory), *getattr(factory, "args", ())]
+    kind = next((part for part in reversed(parts) if isinstance(part, type)), parts[0])
+    defaults = {name: known.default for name, known in inspect.signature(kind).parameters.items()}
+    given = getattr(factory, "keywords", {})
+    settings = ", ".join(f"{name}={value}" for name, value in given.items() if value != defaults.get(name))
+    return f"{kind.__name__}({settings})" if settings else str(kind.__name__)

@@ -21,7 +21,7 @@ from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.rows import SPLITS, content_hash
-from modular_experts.experts import Expert
+from modular_experts.experts.expert import ExpertFactory, title_of
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
@@ -41,7 +41,6 @@ from modular_experts.merging.statistics import batches_by_length, take_statistic
 from modular_experts.methods import Distilled
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
-from modular_experts.training.checkpoint import as_config
 from modular_experts.training.estimate import logging_from
 
 MEASURED = "combine.json"
@@ -80,7 +79,7 @@ def combine(
     data: TaskMixture | None = None,
     distilled: Distilled | None = None,
     router: Router | None = None,
-    into: Callable[..., Expert] | None = None,
+    into: ExpertFactory | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
     base: str | None = None,
@@ -232,7 +231,7 @@ class _Combining:
         rows: _Rows,
         method: Distilled,
         router: Router,
-        into: Callable[..., Expert] | None,
+        into: ExpertFactory | None,
         base: str | None,
         dtype: DType | None,
     ) -> None:
@@ -262,9 +261,9 @@ class _Combining:
             "Distilled": _Making(out / "distilled", f"{inputs}, a search", self._distill, distilling),
         }
         if into:
-            place = out / f"one-{result_key(as_config(into))[:8]}"
+            title = f"{title_of(into)} distilled"
+            place = out / f"one-{result_key(title)[:8]}"
             train = partial(self._train_one, into, place)
-            title = f"{_call_of(into)}, distilled"
             self.makings[title] = _Making(place, f"{inputs}, a training", train, {"tasks": 0.3, "steps": 0.7})
 
     def run(self, left: Sequence[str], progress: Progress, planned: Callable[[WorkPlan], None] | None) -> Iterator[Way]:
@@ -403,7 +402,7 @@ class _Combining:
             read=partial(objective_on_base, model=self._model, judged=JUDGED_BATCHES),
         )
 
-    def _train_one(self, into: Callable[..., Expert], place: Path, progress: Progress) -> None:
+    def _train_one(self, into: ExpertFactory, place: Path, progress: Progress) -> None:
         # The whole progress stands in the place of a dozen lines about the training.
         with logging_from(logging.WARNING, "modular_experts"):
             distill_into(
@@ -424,13 +423,6 @@ class _Combining:
     def _model(self) -> PreTrainedModel | None:
         """The base that measures, if it is loaded already."""
         return None if self._measurement is None else self._measurement.model
-
-
-def _call_of(factory: Callable[..., Expert]) -> str:
-    """Return the name of a type of expert, with its settings if there are any."""
-    settings = ", ".join(f"{name}={value}" for name, value in getattr(factory, "keywords", {}).items())
-    name = str(getattr(factory, "func", factory).__name__)
-    return f"{name}({settings})" if settings else name
 
 
 class _Steps(Callback):

@@ -1,4 +1,4 @@
-"""Read, choose and make what an entry of a study's `merges` can be: a merge, a search, a route or an ensemble."""
+"""Read, choose and make what an entry of a study's `merges` can be: a merge, a search, a route, an ensemble, ..."""
 
 import shutil
 import tempfile
@@ -8,16 +8,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, get_args
 
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
+from modular_experts.experts.expert import ExpertFactory, title_of
 from modular_experts.injection.ensemble import MEANS, Mean, ensembled
 from modular_experts.library import StoredExpert, open_expert, union_of_weights
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.statistics import carry_statistics
-from modular_experts.merging.distill import distill
+from modular_experts.merging.distill import distill, distill_into
 from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import Labels, Objective, ValidationRows
 from modular_experts.merging.route import route
@@ -33,6 +34,7 @@ from modular_experts.study.parser import make
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
 from modular_experts.study.work import (
+    QUIET,
     ChoiceRows,
     about_expert,
     hashes,
@@ -46,6 +48,15 @@ from modular_experts.text import did_you_mean
 
 # So that a study names the searches of related systems by their class alone.
 import_systems("search")
+
+
+@contextmanager
+def _place_of(way: MergeEntry, study: Study, out: Path, group: Group) -> Iterator[Path]:
+    """Yield where one expert is put that a way makes of a group, in the library if the group has all experts."""
+    place = out / "library" / study.combined_name("merge", group.kind, way.name, group.seed)
+    # A stored merge of a few can be as large as the base, so it takes the disk of the library, under a hidden name.
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+        yield place if group.is_whole else Path(folder, place.name)
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,7 @@ class Merge(MergeEntry):
     @contextmanager
     def combined(self, study: Study, out: Path, group: Group, chosen: Facts | None) -> Iterator[CombinedGroup]:
         """Yield a merge of a group; the merge of all experts is also put into the library."""
-        place = out / "library" / study.combined_name("merge", group.kind, self.name, group.seed)
-        # A stored merge of a few can be as large as the base, so it takes the disk of the library, under a hidden name.
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-            if not group.is_whole:
-                place = Path(folder, place.name)
+        with _place_of(self, study, out, group) as place:
             yield self.merged(study, group, group.experts(study, out), place, chosen, group.is_whole)
 
     def merged(
@@ -218,6 +225,51 @@ class RouteWay(MergeEntry):
             yield CombinedGroup([routed], routed.record["hyperparameters"])
 
 
+class _Training(TypedDict, total=False):
+    modules: str | list[str]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class OneExpert(MergeEntry):
+    """One expert that learns what the experts of a kind predict, as `distill_into` trains it with some settings."""
+
+    name: str
+    into: object
+    training: _Training
+
+    @classmethod
+    def read(cls, entry: Facts, before: Mapping[str, MergeEntry]) -> "OneExpert":
+        title = title_of(made("`merges=`", ExpertFactory, entry["distill"]))
+        training: Any = {
+            name: make(f"`merges=`: {name}", hint, entry[name])
+            for name, hint in _Training.__annotations__.items()
+            if name in entry
+        }
+        return cls(entry.get("name", f"{title} distilled"), entry["distill"], training)
+
+    @contextmanager
+    def combined(self, study: Study, out: Path, group: Group, chosen: Facts | None) -> Iterator[CombinedGroup]:
+        """Yield an expert that learned from a group; the one that learned from all is also put into the library."""
+        with _place_of(self, study, out, group) as place:
+            one = distill_into(
+                [expert.path for expert in group.experts(study, out)],
+                place,
+                made("`merges=`", ExpertFactory, self.into),
+                tasks=ChoiceRows(tasks_of(study, group.own), **study.data),
+                max_new_tokens=study.max_new_tokens,
+                base=study.base,
+                seed=group.seed,
+                overwrite=True,
+                trainer={**QUIET, "default_root_dir": str(out / "runs" / place.name)},
+                **self.training,
+            )
+            yield CombinedGroup([one], {**self.training})
+
+
 @dataclass(frozen=True)
 class Ensemble(MergeEntry):
     """One way to average what the experts of a kind predict, by a `mean` as for `ensembled`."""
@@ -256,6 +308,7 @@ READERS = {
     "search": Reader(Merge.of_search, ("merges", "labels", "rows", "name", "kinds")),
     "route": Reader(RouteWay.read, ("fallback", "of", "name", "kinds")),
     "ensemble": Reader(Ensemble.read, ("name", "kinds")),
+    "distill": Reader(OneExpert.read, (*_Training.__annotations__, "name", "kinds")),
     "shrink": Reader(Apart.of_form, ("bound", "rows", "name", "kinds")),
 }
 """What an entry of `merges` can be, by its own key."""

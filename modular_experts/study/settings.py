@@ -60,9 +60,10 @@ class Description:
             the experts or PEFT adapters in a directory, each named after its task.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Entries may also be routes
-            and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. {shrink: int4} stores
-            each expert in fewer bytes and tests it on its own task, and {route: Centroid, of: int4} chooses among
-            these. `kinds: [sparse]` in an entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two.
+            and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. {distill: LoRAExpert,
+            steps: 1000} trains one expert on what the experts predict. {shrink: int4} stores each expert in fewer bytes
+            and tests it on its own task, and {route: Centroid, of: int4} chooses among these. `kinds: [sparse]` in an
+            entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
             groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
             share experts.

@@ -14,10 +14,12 @@ from conftest import build_model, build_tokenizer, write_rows
 from modular_experts import Distilled, TaskMixture, combine, distill, evaluate, fit, open_expert
 from modular_experts.data import Inputs
 from modular_experts.experts import LoRAExpert
+from modular_experts.experts.expert import ExpertFactory
 from modular_experts.library import open_statistics
 from modular_experts.merging.combine import MEASURED
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
+from modular_experts.study.parser import make
 
 NAMES = [f"code{number}" for number in range(4)]
 FEW = Distilled(steps=10, batch=4, rows=24, learning_rate=0.05, max_new_tokens=3)
@@ -86,17 +88,19 @@ def test_one_expert_is_trained_where_it_is_asked_for(place, done, tmp_path, monk
     how = {"distilled": FEW, "progress": progress, "planned": plans.append}
     made = combine(experts, tmp_path / "out", **how, into=partial(LoRAExpert, rank=4))
     names = [way.name for way in done.ways]
-    assert [way.name for way in made.ways] == [*names, "LoRAExpert(rank=4), distilled"]
+    assert [way.name for way in made.ways] == [*names, "LoRAExpert(rank=4) distilled"]
     (plan,) = plans
-    assert [way.name for way in plan.ways] == ["LoRAExpert(rank=4), distilled"]
+    assert [way.name for way in plan.ways] == ["LoRAExpert(rank=4) distilled"]
     assert seen == list(range(100))
     one = made.ways[-1]
     expert = open_expert(one.place)
     assert expert.record["hyperparameters"]["distilled"]["rows"] == dict.fromkeys(NAMES, 18)
     assert expert.record["hyperparameters"]["rank"] == 4
     assert one.bytes == 0
+    parsed = make("--into", ExpertFactory, {"class_path": "LoRAExpert", "init_args": {"rank": 4}})
+    assert combine(experts, tmp_path / "out", **how, into=parsed).ways == made.ways, "as a command reads it"
     other = combine(experts, tmp_path / "out", **how, into=LoRAExpert)
-    assert other.ways[-1].name == "LoRAExpert, distilled"
+    assert other.ways[-1].name == "LoRAExpert distilled"
     assert other.ways[-1].place != one.place
     assert "step" not in caplog.text
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from conftest import write_rows
 from lightning.pytorch import Callback, LightningModule, Trainer
 from testbed.here import STUDY, work_here
 
+from modular_experts import LoRAExpert, distill_into
 from modular_experts.__main__ import main
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import evaluate
@@ -30,6 +32,7 @@ from modular_experts.reports import Results
 from modular_experts.study import pieces_of, read_study, work
 from modular_experts.study.pieces import title_of
 from modular_experts.study.run import PIECES
+from modular_experts.study.work import QUIET
 
 LORA = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 1}
 EACH = ("lora-upper", "lora-reverse", "multitask")
@@ -101,6 +104,23 @@ class Watch(Callback):
         self.trained.append(weakref.ref(module.model))
         if len(self.trained) == 2:
             raise ValueError("this training fails")
+
+
+def test_one_expert_learns_what_the_experts_of_a_kind_predict(settings, capsys) -> None:
+    way = {"distill": LORA["expert"], "steps": 2, "rows": 8, "batch_size": 4, "learning_rate": 0.01}
+    assert study(settings | {"merges": [way]}) == 0
+    assert "LoRAExpert(rank=2) distilled" in capsys.readouterr().out
+    (line,) = [line for line in lines() if line["key"][0] == "merges"]
+    assert line["result"]["made_of"].keys() == {"lora-upper", "lora-reverse"}
+    experts = [f"runs/mine/library/{name}" for name in ("lora-upper", "lora-reverse")]
+    how = {"steps": 2, "rows": 8, "batch_size": 4, "learning_rate": 0.01, "max_new_tokens": 3, "trainer": QUIET}
+    data = TaskMixture(["upper.jsonl", "reverse.jsonl"])
+    own = distill_into(experts, "own", partial(LoRAExpert, rank=2), tasks=data, **how)
+    assert Library("runs/mine/library")["merge-lora-LoRAExpert-rank-2-distilled"].content_hash == own.content_hash
+    assert redone(settings | {"merges": [way | {"steps": 3}]}) == ["merges lora LoRAExpert(rank=2) distilled 2 0 0"]
+    for wrong, sentence in (({"steps": "many"}, "steps"), ({"merges": []}, "has no setting 'merges'")):
+        with pytest.raises(ValueError, match=sentence):
+            read_study(**settings | {"merges": [way | wrong]})
 
 
 def test_the_base_behind_demonstrations_is_a_row_of_its_own(settings, capsys) -> None:
