@@ -143,10 +143,10 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     trained = {kind: configs for kind, configs in {**kinds, **joint}.items() if not stored_in(configs)}
     _check_fits(described, trained, next(iter(held_in.values())), seeds[0])
     stored = [stored_in(kinds[kind]) for kind in kinds.keys() - trained]
-    for place in {for_seed(folder, seed) for folder in stored for seed in seeds}:
-        Base.open(
-            for_seed(described.base, seeds[0]), [open_expert(Path(place, task), described.base) for task in held_in]
-        )
+    for place, base in {
+        (for_seed(folder, seed), for_seed(described.base, seed)) for folder in stored for seed in seeds
+    }:
+        Base.open(base, [open_expert(Path(place, task), base) for task in held_in])
     ways = read_ways(described.merges or [], named)
     counts = read_counts(described.counts or ["all"], len(held_in))  # type: ignore[arg-type]
     together = [name for name, (way, _) in ways.items() if way.together]

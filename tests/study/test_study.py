@@ -18,9 +18,10 @@ import torch
 import yaml
 from conftest import write_rows
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 from testbed.here import STUDY, work_here
 
-from modular_experts import LoRAExpert, distill_into
+from modular_experts import LoRAExpert, distill_into, fit
 from modular_experts.__main__ import main
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import evaluate
@@ -121,6 +122,23 @@ def test_one_expert_learns_what_the_experts_of_a_kind_predict(settings, capsys) 
     for wrong, sentence in (({"steps": "many"}, "steps"), ({"merges": []}, "has no setting 'merges'")):
         with pytest.raises(ValueError, match=sentence):
             read_study(**settings | {"merges": [way | wrong]})
+
+
+def test_stored_experts_of_each_seed_are_those_of_the_base_of_this_seed(settings, one_block) -> None:
+    for seed in (0, 1):
+        shutil.copytree(one_block, f"base-{seed}")
+        weights = load_file(f"base-{seed}/model.safetensors")
+        save_file(
+            {name: weight + seed for name, weight in weights.items()},
+            f"base-{seed}/model.safetensors",
+            {"format": "pt"},
+        )
+        for task in ("upper", "reverse"):
+            fit(f"base-{seed}", f"{task}.jsonl", LoRAExpert, "q_proj", f"stored-{seed}/{task}", steps=1, trainer=QUIET)
+    stored = {"base": "base-{seed}", "experts": {"lora": {"stored": "stored-{seed}"}}, "seeds": [0, 1]}
+    assert read_study(**settings | stored).seeds == (0, 1)
+    with pytest.raises(ValueError, match="was trained on another base than base-1"):
+        read_study(**settings | stored | {"experts": {"lora": {"stored": "stored-0"}}})
 
 
 def test_the_base_behind_demonstrations_is_a_row_of_its_own(settings, capsys) -> None:
