@@ -19,7 +19,7 @@ from modular_experts.merging.adapt import adapt as adapt_experts
 from modular_experts.merging.combine import combine as combine_experts
 from modular_experts.merging.combine_measure import Way
 from modular_experts.merging.combine_plan import WorkPlan
-from modular_experts.merging.distill import Learned, distill_into
+from modular_experts.merging.distill import distill_into
 from modular_experts.merging.gradient_search import ATLAS
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.route import route as route_experts
@@ -126,7 +126,6 @@ def distill(
     into: Callable[[Tensor], Expert] | None = None,
     modules: str | list[str] = "all-linear",
     data: TaskMixture | None = None,
-    learn: Learned = "predictions",
     rows: int = 400,
     max_new_tokens: int = 64,
     steps: int | None = None,
@@ -140,8 +139,8 @@ def distill(
     """Train one expert that does what many experts do, without labels.
 
     Each expert answers inputs of its own task, and the new expert learns what it predicts at each token. That takes
-    about as long as training the experts did, and keeps more of them than a merge. merge --method Distilled, which
-    learns coefficients of a merge from the same answers, is faster.
+    about as long as training the experts did, and keeps more of them than a merge. The method Distilled of `merge`
+    learns coefficients from the same answers, which is faster.
 
     Args:
         experts: Directories of the experts, such as library/*, which the shell expands.
@@ -150,7 +149,6 @@ def distill(
         modules: The layers that it trains.
         data: The experts' tasks, whose training inputs are taken. Default: the inputs that the experts keep (`fit
             --keep_inputs`).
-        learn: Learn the `predictions` of each expert (forward KL divergence), or its `answers` as if they were labels.
         rows: The most inputs of one task.
         max_new_tokens: The most tokens of an expert's answer.
         steps: Optimizer steps; three epochs if not given.
@@ -168,7 +166,7 @@ def distill(
         given["steps"] = steps
     if learning_rate is not None:
         given["learning_rate"] = learning_rate
-    how = (learn, rows, max_new_tokens, base, dtype, progress_bar("answering"))
+    how = (rows, max_new_tokens, base, dtype, progress_bar("answering"))
     made = distill_into(experts, out, into or SparseExpert, modules, data, *how, **given)
     print(f"{out}: {expert_line(made)}")
 

@@ -7,7 +7,7 @@ predict, which takes longer and keeps more.
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,7 +43,6 @@ from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean
 from modular_experts.progress import Counted, Progress
 from modular_experts.training.fit import ExpertKind, FitSettings, fit
 
-Learned = Literal["predictions", "answers"]
 VALIDATED = 16
 """One of so many inputs of a task measures how well the expert repeats answers, and is not learned."""
 
@@ -105,7 +104,6 @@ def distill_into(
     into: ExpertKind = SparseExpert,
     modules: str | list[str] = "all-linear",
     tasks: Tasks | TaskMixture | None = None,
-    learn: Learned = "predictions",
     rows: int = 400,
     max_new_tokens: int = 64,
     base: str | None = None,
@@ -115,14 +113,16 @@ def distill_into(
 ) -> StoredExpert:
     """Train one expert on what many experts answer to inputs of their own tasks.
 
+    It lowers the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of its
+    answer, as knowledge distillation does (Hinton et al., arXiv 1503.02531). Training on the answers alone, as if they
+    were labels, keeps as much and loses more on other tasks.
+
     Args:
         experts: Directories of the experts, or opened ones.
         out: Directory of the expert.
         into: The type of the new expert.
         modules: The layers that it trains.
         tasks: The experts' tasks, whose training inputs are taken; if not given, the inputs that the experts keep.
-        learn: Lower the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of
-            its answer; or the cross-entropy of its answer alone, as if it were the label.
         rows: The most inputs of one task.
         max_new_tokens: The most tokens of an expert's answer.
         base: The base's directory or hub id; the one in the experts' records by default.
@@ -144,16 +144,15 @@ def distill_into(
     own = own_experts(opened, list(inputs.roles))
     model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
     inputs.fit_context(context_length(model))
-    answered = _Answers(model, own, inputs, max_new_tokens, learn == "predictions", progress)
+    answered = _Answers(model, own, inputs, max_new_tokens, progress)
     taught = _Taught(inputs, answered, training_in_common(opened).get("chat_template"))
     taught.batch_size = settings.pop("batch_size", taught.batch_size)
-    if learn == "predictions":
-        trainer = settings.get("trainer", {})
-        settings["trainer"] = {**trainer, "callbacks": [_LearnPredictions(), *trainer.get("callbacks", [])]}
+    trainer = settings.get("trainer", {})
+    settings["trainer"] = {**trainer, "callbacks": [_LearnPredictions(), *trainer.get("callbacks", [])]}
     with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
         fit(model, taught, into, modules, Path(scratch, target.name), **settings)
         trained = open_expert(Path(scratch, target.name))
-        distilled = {"learn": learn, "rows": {task: len(part) for task, part in taught.answers.items()}}
+        distilled = {"rows": {task: len(part) for task, part in taught.answers.items()}}
         record = trained.record | {
             "parents": as_parents(opened),
             "hyperparameters": trained.record["hyperparameters"] | {"distilled": distilled},
@@ -183,7 +182,6 @@ class _Answers:
         own: Mapping[str, StoredExpert],
         inputs: Inputs,
         max_new_tokens: int,
-        predict: bool,
         progress: Progress,
     ) -> None:
         self.rows: dict[str, list[Example]] = {}
@@ -194,9 +192,8 @@ class _Answers:
             rows = answers_of(own[task], prompts[task], model, inputs, ANSWERED_ROWS, max_new_tokens)
             # A row may have no answer where the model's context ends.
             self.rows[task] = [row for row in rows if len(row.tokens.ids) > row.tokens.prompt]
-            if predict:
-                with applied(model, own[task], check=False):
-                    self._predict(model, self.rows[task], collate)
+            with applied(model, own[task], check=False):
+                self._predict(model, self.rows[task], collate)
 
     @torch.no_grad()
     def _predict(self, model: PreTrainedModel, rows: Sequence[Example], collate: Collator) -> None:
