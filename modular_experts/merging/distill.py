@@ -4,7 +4,6 @@
 predict, which takes longer and keeps more.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -149,15 +148,16 @@ def distill_into(
     taught.batch_size = settings.pop("batch_size", taught.batch_size)
     trainer = settings.get("trainer", {})
     settings["trainer"] = {**trainer, "callbacks": [_LearnPredictions(), *trainer.get("callbacks", [])]}
-    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
-        fit(model, taught, into, modules, Path(scratch, target.name), **settings)
-        trained = open_expert(Path(scratch, target.name))
-        distilled = {"rows": {task: len(part) for task, part in taught.answers.items()}}
-        record = trained.record | {
-            "parents": as_parents(opened),
-            "hyperparameters": trained.record["hyperparameters"] | {"distilled": distilled},
-        }
-        write_expert(target, trained.items(), record, settings.get("overwrite", False))
+    fit(model, taught, into, modules, target, **settings)
+    trained = open_expert(target)
+    distilled = {task: len(part) for task, part in taught.answers.items()}
+    record = trained.record | {
+        "parents": as_parents(opened),
+        "hyperparameters": trained.record["hyperparameters"] | {"distilled": distilled},
+    }
+    encoding = trained.record.get("encoding", "float32")
+    kept = {"state": trained.state(), "encoding": encoding, "inputs": trained.inputs()}
+    write_expert(target, trained.items(), record, overwrite=True, **kept)
     return open_expert(target)
 
 

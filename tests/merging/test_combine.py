@@ -94,7 +94,7 @@ def test_one_expert_is_trained_where_it_is_asked_for(place, done, tmp_path, monk
     assert seen == list(range(100))
     one = made.ways[-1]
     expert = open_expert(one.place)
-    assert expert.record["hyperparameters"]["distilled"]["rows"] == dict.fromkeys(NAMES, 18)
+    assert expert.record["hyperparameters"]["distilled"] == dict.fromkeys(NAMES, 18)
     assert expert.record["hyperparameters"]["rank"] == 4
     assert one.bytes == 0
     parsed = make("--into", ExpertFactory, {"class_path": "LoRAExpert", "init_args": {"rank": 4}})

@@ -86,7 +86,7 @@ def test_every_sixteenth_row_validates_and_is_not_learned(taught):
 
 
 def test_one_expert_predicts_what_both_do_on_rows_that_it_did_not_learn(taught, experts, one_block, tmp_path):
-    made = distill_into(experts, tmp_path / "one", LoRAExpert, steps=60, learning_rate=0.03, **HOW)
+    made = distill_into(experts, tmp_path / "one", LoRAExpert, steps=60, learning_rate=0.03, keep_inputs=6, **HOW)
     model = Base.open(one_block).load()
     batch = taught._training_batch([row for rows in taught.examples("validation").values() for row in rows])
     with torch.no_grad():
@@ -95,9 +95,10 @@ def test_one_expert_predicts_what_both_do_on_rows_that_it_did_not_learn(taught, 
             after = batch_divergences(model, batch)[0].sum()
     assert after < 0.02 * before
     assert made.record["tasks"] == sorted(TASKS)
+    assert {task: len(prompts) for task, prompts in made.inputs().items()} == dict.fromkeys(TASKS, 3)
     assert [parent["name"] for parent in made.record["parents"]] == list(TASKS)
     assert made.record["base"]["fingerprint"] == fingerprint(one_block)
-    assert made.record["hyperparameters"]["distilled"]["rows"] == dict.fromkeys(TASKS, 40)
+    assert made.record["hyperparameters"]["distilled"] == dict.fromkeys(TASKS, 40)
 
 
 def test_the_same_seed_gives_the_same_expert(experts, tmp_path):
