@@ -23,8 +23,8 @@ from measuring import Parser, print_table
 from modular_experts import SparseExpert, TaskMixture, adapt, evaluate, fit, open_expert
 from modular_experts.library import write_expert
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-QUIET |= {"gradient_clip_val": 1.0}
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET |= {"limit_val_batches": 0, "gradient_clip_val": 1.0}
 
 
 def drawn(task: Path, draw: int, count: int, folder: Path) -> TaskMixture:

@@ -25,6 +25,7 @@ from modular_experts.injection import expert_layers, find_sites, inject
 from modular_experts.injection.inject import other_sites
 from modular_experts.injection.routed import routed
 from modular_experts.injection.save import save_expert
+from modular_experts.language_model import language_model
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.merging.merged import merge
 
@@ -35,6 +36,46 @@ USUAL = _VOCABULARY | _HEADS | _SIZES
 _FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _GPT = _VOCABULARY | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+_LINEAR_ATTENTION = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_TOWERS = {
+    "vision_config": {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        **{"num_hidden_layers": 2, "depth": 2, "num_heads": 4, "out_hidden_size": 32},
+    },
+}
+_ROPE_3D = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Qwen3.5": ("qwen3_5", USUAL | _LINEAR_ATTENTION | {"num_hidden_layers": 4}),
+    "Qwen3.5-MoE": (
+        "qwen3_5_moe",
+        USUAL | _FOUR | _LINEAR_ATTENTION | {"num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
+    ),
+    "Qwen3-VL": ("qwen3_vl", USUAL | _ROPE_3D),
+    "Gemma 3 with vision": ("gemma3", USUAL),
+    "Gemma 4": ("gemma4", USUAL | {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}),
+    "Mistral 3": ("mistral3", USUAL),
+    "Llama 4 with vision": (
+        "llama4",
+        USUAL | _LOCAL | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    ),
+    "GLM-4.5V": (
+        "glm4v_moe",
+        USUAL
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}},
+    ),
+    "SmolVLM": ("smolvlm", USUAL),
+    "InternVL": ("internvl", USUAL),
+    "LLaVA": ("llava", USUAL),
+    "PaliGemma": ("paligemma", USUAL),
+}
+"""Models with a vision tower beside the language model, whose settings stand here."""
 
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama": ("llama", USUAL),
@@ -63,15 +104,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Mamba": ("mamba", _VOCABULARY | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "Qwen3-Next": (
         "qwen3_next",
-        USUAL
-        | _FOUR
-        | {"shared_expert_intermediate_size": 16, "num_hidden_layers": 4}
-        | {
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
+        USUAL | _FOUR | _LINEAR_ATTENTION | {"shared_expert_intermediate_size": 16, "num_hidden_layers": 4},
     ),
     "Mixtral": ("mixtral", USUAL | _LOCAL),
     "Qwen2-MoE": ("qwen2_moe", USUAL | _FOUR | {"shared_expert_intermediate_size": 16}),
@@ -88,7 +121,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         | {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
     ),
-}
+} | {family: (kind, {"text_config": text, **_TOWERS}) for family, (kind, text) in WRAPPERS.items()}
 """The model type and the settings of a tiny base of each family."""
 
 KINDS: Mapping[str, Callable[..., Any]] = {
@@ -111,7 +144,11 @@ row of a batch gets its own expert's logits), and *embeddings, vectors* (experts
 gradients of a training of the whole model). {held}
 
 *Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. JetMoE and Llama 4 multiply
-the matrices of their mixtures in another way, so these get no expert. `scripts/architectures.py` makes this page.
+the matrices of their mixtures in another way, so these get no expert.
+
+The last twelve are *wrappers*: a vision tower stands beside the language model, and experts move the language model
+alone. For them *apply* also loads both classes of the checkpoint, and compares their logits and the tower bit for bit.
+`scripts/architectures.py` makes this page.
 
 """
 HEADS = ("family", "model type", "layers + matrices", "of the parameters", "packed")
@@ -143,7 +180,8 @@ def tiny_base(family: str, place: Path) -> Base:
     kind, settings = FAMILIES[family]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **settings)
-    transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
+    whole = transformers.AutoModelForImageTextToText if family in WRAPPERS else transformers.AutoModelForCausalLM
+    whole.from_config(config).eval().save_pretrained(place)
     return Base.open(place)
 
 
@@ -151,9 +189,10 @@ def passed_through(family: str, folder: Path) -> Result:
     """Train two kinds of experts on a tiny base, merge, apply, evaluate and route them; compare logits at each step."""
     base = tiny_base(family, folder / "base")
     model = base.load()
-    sites = [site for site in find_sites(model) if not site.by_name_only]
+    sites = [site for site in find_sites(model) if not site.by_name_only and not site.outside_of_text]
     matrices = sum(site.number is not None for site in sites)
-    share = sum(site.matrix.numel() for site in sites) / sum(one.numel() for one in model.parameters())
+    language = model.get_submodule(language_model(model) or "")
+    share = sum(site.matrix.numel() for site in sites) / sum(one.numel() for one in language.parameters())
     steps = dict.fromkeys(STEPS, "not reached")
     for step, reason in _steps(base, folder):
         steps[step] = reason
@@ -192,6 +231,8 @@ def _steps(base: Base, folder: Path) -> Iterator[tuple[str, str]]:
                 weight_of(by_hand, name).add_(change.to(weight_of(by_hand, name).dtype))
         _same(logits(again), logits(by_hand))
         assert _stored_names(folder / "checkpoint") == _stored_names(folder / "base"), "tensors have other names"
+        if (folder / "base" / "config.json").read_text().count("vision_config"):
+            _check_wrapper(folder, again)
         yield step, "yes"
         step = "route"
         with routed(fresh, [library / kind for kind in KINDS], rows=[0, 1]):
@@ -252,6 +293,20 @@ def _trained_others(base: Base, place: Path) -> torch.Tensor:
 
 def _opened(library: Path) -> list[StoredExpert]:
     return [open_expert(library / kind) for kind in KINDS]
+
+
+def _check_wrapper(folder: Path, again: Any) -> None:
+    """Load the whole wrappers: what lies outside of the language model stayed, and the logits are those wanted."""
+    before, after = (
+        transformers.AutoModelForImageTextToText.from_pretrained(folder / place).eval()
+        for place in ("base", "checkpoint")
+    )
+    # In transformers 5.24 the wrapper of Llama 4 fails on a text alone; it holds a whole causal model.
+    _same(logits(after.language_model if after.config.model_type == "llama4" else after), logits(again))
+    inside = f"{language_model(after)}."
+    for name, weight in before.named_parameters():
+        if not name.startswith(inside) and weight is not before.get_output_embeddings().weight:
+            assert torch.equal(after.get_parameter(name), weight), f"{name} has changed"
 
 
 def _stored_names(place: Path) -> set[str]:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `methods` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["deltas", "discovery", "native", "masks", "places", "progress", "text"], 0),
+    **dict.fromkeys(["deltas", "discovery", "language_model", "native", "masks", "places", "progress", "text"], 0),
     **dict.fromkeys(["experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection"], 2),
     **dict.fromkeys(["training", "selection", "data", "evaluation", "merging", "reports"], 3),

@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.auto_class import auto_class
 from modular_experts.base.files import (
     MANIFEST,
     copy_companions,
@@ -174,12 +175,24 @@ class Base:
     @cached_property
     def structure(self) -> Structure:
         """Its weights and layers without their numbers, from its configuration."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(self.directory).from_config(config, trust_remote_code=False)
         return Structure(model, str(self.directory))
+
+    @cached_property
+    def wrapper(self) -> "PreTrainedModel | None":
+        """The whole model of its files without its numbers, if `load` takes the language model out of them."""
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+        if self.structure.architecture in (config.get("architectures") or [self.structure.architecture]):
+            return None
+        with quiet_transformers(), torch.device("meta"):
+            whole = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+            return cast("PreTrainedModel", AutoModelForImageTextToText.from_config(whole, trust_remote_code=False))
 
     @cached_property
     def weights(self) -> StoredWeights:
@@ -204,8 +217,6 @@ class Base:
             ImportError: The library that quantises is not installed.
             ValueError: The files lack weights, or hold quantised ones although a form is given.
         """
-        from transformers import AutoModelForCausalLM
-
         more: Record = {}
         if self.quantise and self.quantisation:
             raise ValueError(f"the weights in {self.directory} are quantised already; leave out {self.quantise}")
@@ -215,7 +226,7 @@ class Base:
             dtype = dtype or "float32"
             more["quantization_config"] = quantiser(self.quantise, getattr(torch, dtype))
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(self.directory).from_pretrained(
                 self.directory,
                 dtype=getattr(torch, dtype) if dtype else "auto",
                 trust_remote_code=False,
@@ -382,7 +393,8 @@ class Base:
             else:
                 assert model is not None
                 _add_in_memory(deltas, model, kind, progress)
-                model.save_pretrained(temporary, max_shard_size="5GB")
+                whole = self.load_wrapper(model) if self.wrapper else model
+                whole.save_pretrained(temporary, max_shard_size="5GB")
                 rounding = Rounding()
             copy_companions(self.directory, temporary)
             check = None
@@ -400,6 +412,18 @@ class Base:
             base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
             write_manifest(temporary, {"base": base, **entries, "check": asdict(check) if check else None})
         return check
+
+    def load_wrapper(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """Return the whole model of its files, with the numbers of a language model that `load` took out of them."""
+        from transformers import AutoModelForImageTextToText
+
+        with quiet_transformers():
+            whole = AutoModelForImageTextToText.from_pretrained(
+                self.directory, dtype=model.dtype, trust_remote_code=False, use_safetensors=True
+            )
+        whole.get_decoder().load_state_dict(model.get_decoder().state_dict())
+        whole.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+        return cast("PreTrainedModel", whole)
 
     def _write_streamed(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from modular_experts.base.auto_class import auto_class
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import Facts, Record, package_versions, plain, read_json
 from modular_experts.library.tensorfile import file_hash, open_tensors, tensor_bytes
@@ -124,20 +125,9 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
 
     With `local_only`, a hub id is looked for in the local cache alone.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
     directory = found_or_fetched("base", str(place), revision, _FILES, advice, local_only)
-    config = read_json(directory / "config.json", "so it is not the directory of a model")
-    kind = config.get("model_type")
-    classes = config.get("architectures") or []
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
-    names = [causal] if isinstance(causal, str) else list(causal or [])
-    if not names:
-        raise ValueError(f"{directory} is a {kind!r} model; only causal language models that transformers knows work")
-    if classes and not set(classes) & set(names):
-        wanted = " or ".join(names)
-        raise ValueError(f"{directory} is a {classes[0]}; only causal language models work, here {wanted}")
+    auto_class(directory)
     weight_files(directory)
     return directory
 

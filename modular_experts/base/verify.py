@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.auto_class import auto_class
 from modular_experts.base.files import quiet_transformers
 from modular_experts.base.streaming import Rounding
 
@@ -47,10 +48,8 @@ def difference(found: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def check_reloaded(directory: Path, prompts: Tensor, reference: Tensor, tolerance: float, rounding: Rounding) -> Check:
     """Load a checkpoint with plain transformers; raise ValueError if a logit differs by more than the tolerance."""
-    from transformers import AutoModelForCausalLM
-
     with quiet_transformers():
-        reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+        reloaded = auto_class(directory).from_pretrained(directory, dtype="auto", trust_remote_code=False)
     largest, mean = difference(logits(reloaded, prompts), reference)
     if not largest <= tolerance:  # written so that NaN is refused too
         raise ValueError(

@@ -161,6 +161,7 @@ def export(
     base: str | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
+    wrapper: bool = False,
 ) -> None:
     """Write an expert as a PEFT adapter, which PEFT and programs that build on it load without this package.
 
@@ -183,6 +184,8 @@ def export(
         base: The base's directory or hub id; the one in the expert's record by default.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it carries.
         overwrite: Replace an adapter of ours.
+        wrapper: Name layers as the base's whole model does, with its vision tower, not as its language model alone;
+            --for vllm and --for sglang do so by themselves.
 
     Examples:
         modular-experts export --experts library/a --form supertuning --out adapter
@@ -191,17 +194,17 @@ def export(
     """
     bar = progress_bar("exporting")
     if for_ is not None:
-        if form != "lora" or rank is not None:
-            raise UsageError("--for writes LoRAs and chooses the rank by --keep; leave out --form and --rank")
+        if form != "lora" or rank is not None or wrapper:
+            raise UsageError("--for chooses form, rank and names; leave out --form, --rank and --wrapper")
         return _print_served(export_for(experts, out, for_, keep, base, tolerance, overwrite, bar))
     if len(experts) > 1:
         raise UsageError(f"--form {form} takes one expert, and {len(experts)} are named; several are for --for SERVER")
-    if keep != 0.7 or (form == "vllm-patch" and rank is not None):
-        raise UsageError("--keep belongs to --for SERVER, and --rank to --form lora")
+    if keep != 0.7 or (form == "vllm-patch" and (rank is not None or wrapper)):
+        raise UsageError("--keep belongs to --for SERVER, --rank to --form lora, and --wrapper to PEFT's forms")
     if form == "vllm-patch":
         patch = export_patch(experts[0], out, base, overwrite, bar)
         return print(f"{out}: a patch of {patch.tensors} tensors, which replaces {patch.changed:,} values")
-    written = export_expert(experts[0], out, form, rank, base, tolerance, overwrite, bar)
+    written = export_expert(experts[0], out, form, rank, base, tolerance, overwrite, bar, wrapper=wrapper)
     _print_loss(written)
     if written.padding:
         print(f"padded with {written.padding} entries, because the format asks for fixed numbers of them")

@@ -27,6 +27,8 @@ class Site:
             or another parameter the module that holds it.
         by_name_only: Whether `all-linear` leaves it out: the model's output head, a weight that is the same tensor as
             another one (tied), the router of a mixture-of-experts block, a layer of one output.
+        outside_of_text: Whether it lies outside of the language model that a wrapper holds, as in a vision tower, which
+            no text reaches. Only a pattern that matches no other site takes it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Site:
     """Which slice of the parameter `(experts, ., .)` the matrix is."""
     is_transposed: bool = False
     """Whether the base stores the weight as `(in, out)`."""
+    outside_of_text: bool = False
 
     @property
     def weight(self) -> str:
@@ -113,10 +116,11 @@ def by_pattern(
         chosen: dict[Site, Factory] = {}
         for pattern, factory in experts.items():
             if pattern == "all-linear":
-                matching = [site for site in sites if not site.by_name_only]
+                matching = [site for site in sites if not site.by_name_only and not site.outside_of_text]
             else:
                 matching = [site for site in sites if _matches(pattern, site, where)]
                 matching = matching or [site for site in others() if _matches(pattern, site, where)]
+                matching = [site for site in matching if not site.outside_of_text] or matching
             if not matching:
                 raise ValueError(_no_match(pattern, sites, where, refused or {}))
             for site in matching:

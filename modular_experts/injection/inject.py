@@ -9,7 +9,7 @@ hold the base's own orientation. A module that is not a linear layer keeps its c
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from modular_experts.experts.site import (
 )
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertParameter, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
+from modular_experts.language_model import language_model
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 
@@ -199,13 +200,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     owners = _owners(model)
     mixtures = _mixtures(model)
+    text = language_model(model)
     sites = []
     for name, module in _outside_of_experts(model):
         for key in sliced(module):
             for number in range(len(parameter_of(module, key))):
                 place = f"{name}.{key}[{number}]"
                 flipped = bool(module.is_transposed)
-                sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped))
+                outside = not _is_within(place, text)
+                sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped, outside))
         linear = is_quantised(module) or is_linear(module) or is_transposed(module) or why_not_read(module)
         if isinstance(module, ExpertLinear | ExpertConv1D) or (linear and not _why_not(module)):
             flipped = isinstance(module, ExpertConv1D) or bool(is_transposed(module))
@@ -214,7 +217,9 @@ def find_sites(model: nn.Module) -> list[Site]:
             routes = any(outputs == count and name.startswith(block) for block, count in mixtures)
             by_name = module is head or len(owners[id(module.weight)]) > 1 or outputs == 1 or routes
             kind = name.rpartition(".")[2]
-            sites.append(Site(name, kind, depth_of(f"{name}."), module, by_name, is_transposed=flipped))
+            outside = module is not head and not _is_within(name, text)
+            depth = depth_of(f"{name}.")
+            sites.append(Site(name, kind, depth, module, by_name, is_transposed=flipped, outside_of_text=outside))
     return sorted(sites, key=lambda site: site.name)
 
 
@@ -224,6 +229,7 @@ def other_sites(model: nn.Module) -> list[Site]:
     Parameters of convolutions are left out, because models use them without calling the module.
     """
     owners = _owners(model)
+    text = language_model(model)
     sites = []
     known = {id(site.stored) for site in find_sites(model)}
     # A tied weight may have an expert that moves all of its uses.
@@ -234,8 +240,15 @@ def other_sites(model: nn.Module) -> list[Site]:
             is_first = tensor is not None and owners[id(tensor)][0] == place
             is_left_out = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_quantised(module)
             if is_first and id(tensor) not in known and not is_left_out and not _why_not(module):
-                sites.append(Site(place, ".".join(place.split(".")[-2:]), depth_of(place), module, True, key))
+                kind = ".".join(place.split(".")[-2:])
+                outside = not _is_within(place, text)
+                sites.append(Site(place, kind, depth_of(place), module, True, key, outside_of_text=outside))
     return sorted(sites, key=lambda site: site.name)
+
+
+def _is_within(name: str, text: str | None) -> bool:
+    """Return whether a name lies within the language model, which is the whole model where it has no name."""
+    return text is None or name.startswith(f"{text}.")
 
 
 def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
@@ -302,7 +315,8 @@ def moves_tokens_alone(model: nn.Module) -> bool:
 
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens of a row fit in the model's context behind the experts' tokens, or None for any."""
-    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return None
     return context - sum(expert.tokens_in_front for _, _, expert in _equipped_modules(model))

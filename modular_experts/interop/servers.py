@@ -77,7 +77,10 @@ def export_for(
     for expert in opened:
         target = places / expert.name
         write = write_gguf if server == "llama.cpp" else None
-        written[expert.name] = export(expert, target, format, None, opened_base, tolerance, overwrite, progress, write)
+        # vLLM and SGLang load the class that the checkpoint names, and ignore layers by other names without a word.
+        wrapper = opened_base.wrapper is not None
+        how = (tolerance, overwrite, progress, write, wrapper)
+        written[expert.name] = export(expert, target, format, None, opened_base, *how)
     return ServedAdapters(written, _start(server, shlex.quote(opened_base.place), written, places))
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modular_experts.language_model import blocks_of
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import GRAMS, Router
-from modular_experts.text import block_of
 
 Named = Mapping[str, Any]
 """The keyword arguments of a forward pass."""
@@ -253,8 +253,7 @@ def _inside_prompts(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | N
 
 def _hidden_states(body: nn.Module, inputs: Named, depths: Sequence[float]) -> list[Tensor]:
     """Return the hidden states at each of the depths, by a pass that ends at the deepest."""
-    names = (block_of(name) for name, _ in body.named_parameters())
-    blocks = list(dict.fromkeys(name for name in names if name))
+    blocks = blocks_of(body)
     numbers = [round(depth * len(blocks)) for depth in depths]
     *earlier, deepest = dict.fromkeys(numbers)
     states: dict[int, Tensor] = {}

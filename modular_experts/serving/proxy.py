@@ -15,12 +15,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modular_experts.injection import context_length
+from modular_experts.language_model import blocks_of
 from modular_experts.serving.answers import read_prompt
 from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
 from modular_experts.serving.engine import SideThreads
 from modular_experts.serving.models import AUTO, BASE, ChosenExperts, Models, Route
 from modular_experts.serving.requests import ROLES
-from modular_experts.text import block_of
 
 # Headers that belong to one connection, or that httpx writes itself.
 _OWN = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -74,9 +74,8 @@ class _Proxy:
         assert isinstance(route, Route)
         self.depth = max(route.depths)
         # Free the weights that the route does not read.
-        blocks = dict.fromkeys(block_of(name) for name, _ in model.named_parameters())
-        names = [block for block in blocks if block is not None]
-        unread = names[round(self.depth * len(names)) :]
+        blocks = blocks_of(model)
+        unread = blocks[round(self.depth * len(blocks)) :]
         if hasattr(model, "lm_head"):
             unread.append("lm_head")
         for name in unread:

@@ -73,7 +73,7 @@ class Description:
         seeds: Seeds of the trainings (default: [0]). `{seed}` in the base, in tasks and in experts stands for them.
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
-        base_shots: Also test the base behind so many demonstrations of each row's task, such as [4, 8].
+        base_shots: Also test the base with demonstrations: [4, 8].
         max_new_tokens: Length limit of a generated answer.
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
             float32.

@@ -1,5 +1,6 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule."""
 
+import logging
 import math
 import time
 import warnings
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
+from modular_experts.base.structure import split_slice
 from modular_experts.data.batch import Batch, DataSource, datamodule_of, is_filler, source_of
 from modular_experts.data.epoch import seed_of_run
 from modular_experts.deltas import Delta
@@ -64,6 +66,8 @@ else:
     # What the command line may be given.
     BaseModel = str
     Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
+
+log = logging.getLogger(__name__)
 
 
 class ExpertModule(EvaluatedModule):
@@ -189,6 +193,7 @@ class ExpertModule(EvaluatedModule):
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
         self._logged: dict[str, Tensor] = {}
+        self._has_gone_back = False
         self.preferences = loss
         self._start: dict[str, Tensor] = {}
 
@@ -351,6 +356,7 @@ class ExpertModule(EvaluatedModule):
         """Let experts prepare, log what is trained, and start from the same supports on every rank."""
         self.model.train()
         self._packs_evaluation = None
+        self._has_gone_back = False
         if self.learning_rate is not None and set(checkpoints.peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
@@ -414,6 +420,23 @@ class ExpertModule(EvaluatedModule):
         for name, mean in means.items():
             self.log(name, mean, prog_bar=name == "loss", batch_size=len(batch["task"]))
         return {"loss": loss, "mean_loss": means["loss"], "rows": rows}
+
+    def on_after_backward(self) -> None:
+        """Tell after the first pass of a fit which experts cannot learn, such as one of a wrapper's vision tower."""
+        if self._has_gone_back:
+            return
+        self._has_gone_back = True
+        without = []
+        for name, layer in expert_layers(self.model):
+            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            # A pass may leave out a matrix of a mixture of experts.
+            is_matrix = split_slice(name)[1] is not None
+            if trained and not is_matrix and all(parameter.grad is None for parameter in trained):
+                without.append(name)
+        if without:
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            text = "the loss does not depend on %s%s, so its expert learns nothing: leave it out"
+            log.warning(text, without[0], more)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -187,7 +187,7 @@ def test_the_command_prints_what_is_kept_and_how_to_start(tiny_llama_dir, tmp_pa
     assert "a patch of 7 tensors, which replaces " in capsys.readouterr().out
     for words, sentence in [
         ([*library], "--form lora takes one expert, and 2 are named"),
-        ([*library, "--for", "vllm", "--rank", "4"], "leave out --form and --rank"),
+        ([*library, "--for", "vllm", "--rank", "4"], "leave out --form, --rank and --wrapper"),
         ([library[0], "--for", "ollama"], "--for must be"),
         ([library[1], "--form", "vllm-patch", "--rank", "4"], "--rank to --form lora"),
         ([library[0], "--keep", "0.9"], "--keep belongs to --for SERVER"),

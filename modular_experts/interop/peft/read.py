@@ -13,6 +13,7 @@ from modular_experts.deltas import LowRank
 from modular_experts.interop.full_checkpoint import ImportedAdapter
 from modular_experts.interop.peft.asked import ask_peft
 from modular_experts.interop.peft.files import LORA_TENSORS, AdapterFiles
+from modular_experts.language_model import layer_of
 from modular_experts.text import did_you_mean
 
 
@@ -44,19 +45,21 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
     tensors = files.tensors
     endings = rf"\.({'|'.join(map(re.escape, LORA_TENSORS))})$"
     names = sorted({re.sub(endings, "", key) for key in tensors})
-    modules = {name for name, _ in structure.model.named_modules()} - {""}
-    if strangers := [name for name in names if name not in modules]:
+    layers = {name: layer_of(name, structure.model) for name in names}
+    if strangers := [name for name, layer in layers.items() if layer is None]:
+        modules = {name for name, _ in structure.model.named_modules()} - {""}
         shown = ", ".join(strangers[:4]) + (f" and {len(strangers) - 4} more" if len(strangers) > 4 else "")
         raise ValueError(
             f"{files.file} holds tensors that belong to nothing in {structure.architecture}: "
             f"{shown}{did_you_mean(strangers[0], modules)}"
         )
-    for name in names:
-        module = structure.model.get_submodule(name)
+    for name, layer in layers.items():
+        assert layer is not None
+        module = structure.model.get_submodule(layer)
         if not (isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)):
             kind = type(module).__name__
             raise _does_not_fit(files, f"{name} is a {kind}; only a Linear, Conv1D or Embedding can have a LoRA")
-        structure.check_untied(f"{name}.weight", str(files.directory))
+        structure.check_untied(f"{layer}.weight", str(files.directory))
         rank, scaling = _rank_and_scaling(files, name)
         # An embedding and a `Conv1D` store the factors transposed.
         transposed = not isinstance(module, nn.Linear)
@@ -70,7 +73,7 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
         up = tensors[key % "B"]
         down = tensors[key % "A"]
         left, right = (down.T, up.T) if transposed else (up, down)
-        yield f"{name}.weight", LowRank((left.double() * scaling).float().contiguous(), right.float().contiguous())
+        yield f"{layer}.weight", LowRank((left.double() * scaling).float().contiguous(), right.float().contiguous())
 
 
 def _rank_and_scaling(files: AdapterFiles, module: str) -> tuple[int, float]:

@@ -9,7 +9,7 @@ from importlib import metadata
 from inspect import isabstract
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save_file
 from torch import nn
@@ -17,16 +17,20 @@ from torch import nn
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import MANIFEST, quiet_transformers, write_manifest
-from modular_experts.base.structure import split_slice
+from modular_experts.base.structure import Structure, split_slice
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE, import_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, matrices
+from modular_experts.language_model import renamed
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import Record, plain
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Encoded = Mapping[str, EncodedWeight]
 
@@ -64,6 +68,7 @@ def export(
     overwrite: bool = False,
     progress: Progress = iter,
     write: Callable[[Path, Base, PeftFormat, Encoded], None] | None = None,
+    wrapper: bool = False,
 ) -> WrittenAdapter:
     """Write an expert as a PEFT adapter, and verify it by loading it again with PEFT.
 
@@ -80,6 +85,8 @@ def export(
             for. What an approximation costs is reported and not limited.
         overwrite: Replace an adapter of ours that is there.
         write: Writes the files of another program into the directory, instead of PEFT's, and checks them.
+        wrapper: Name the layers as the whole model of the base's files does, with its vision tower, and not as the
+            language model that `AutoModelForCausalLM` takes out of it, such as Qwen3.5's.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -99,11 +106,20 @@ def export(
         # Before the base or a delta is read, which takes minutes.
         format.check_forms(opened.forms())
     opened_base = Base.open(base, [opened])
+    if wrapper and opened_base.wrapper is None:
+        raise ValueError(
+            f"wrapper is for a base whose files hold more than the language model that is loaded, and "
+            f"{opened_base.place} is loaded whole; leave it out"
+        )
     modules = _moved_modules(opened, format, opened_base)
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
     with new_directory(target, overwrite, MANIFEST) as directory:
         check = None if write else _write_peft(directory, opened_base, format, encoded, opened, tolerance)
+        if wrapper and not write:
+            whole = Structure(cast("PreTrainedModel", opened_base.wrapper))
+            as_whole = {renamed(name, opened_base.structure.model, whole.model): encoded[name] for name in encoded}
+            _write_files(directory, opened_base, whole, format, as_whole)
         if write:
             write(directory, opened_base, format, encoded)
         written = WrittenAdapter(encoded, check)
@@ -117,6 +133,13 @@ def export(
 def _write_peft(
     directory: Path, base: Base, format: PeftFormat, encoded: Encoded, expert: StoredExpert, tolerance: float
 ) -> "AdapterCheck":
+    _write_files(directory, base, base.structure, format, encoded)
+    deltas = {name: weight.delta for name, weight in encoded.items()}
+    approximated = expert if any(weight.lost for weight in encoded.values()) else None
+    return _verify(base, directory, deltas, approximated, tolerance)
+
+
+def _write_files(directory: Path, base: Base, structure: Structure, format: PeftFormat, encoded: Encoded) -> None:
     config = {
         "peft_type": format.peft_type,
         "task_type": "CAUSAL_LM",
@@ -125,7 +148,7 @@ def _write_peft(
         "inference_mode": True,
         "target_modules": list(dict.fromkeys(_module_of(n) for n in encoded if split_slice(n)[1] is None)),
         "modules_to_save": None,
-        **format.configuration({name: base.structure.layer(name) for name in encoded}, encoded),
+        **format.configuration({name: structure.layer(name) for name in encoded}, encoded),
     }
     text = json.dumps(plain(config), indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -134,11 +157,8 @@ def _write_peft(
         for name, weight in encoded.items()
         for suffix, tensor in weight.tensors.items()
     }
-    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, base.structure).items()}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, structure).items()}
     save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
-    deltas = {name: weight.delta for name, weight in encoded.items()}
-    approximated = expert if any(weight.lost for weight in encoded.values()) else None
-    return _verify(base, directory, deltas, approximated, tolerance)
 
 
 def find_format(form: str, rank: int | None) -> PeftFormat:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modular_experts.base.files import quiet_transformers
 from modular_experts.base.structure import Structure, is_transposed
+from modular_experts.language_model import language_model
 from modular_experts.text import block_of
 
 Kind = Literal["groups", "channels"]
@@ -59,6 +60,10 @@ class Removable:
     def __init__(self, model: PreTrainedModel, place: str) -> None:
         self.model = model
         self.place = place
+        if language_model(model) is not None:
+            raise ValueError(
+                f"{place} holds more than a language model, and compress makes language models smaller alone"
+            )
         structure = Structure(model)
         self.parameters = sum(structure.shapes[name].numel() for name in structure.weights)
         blocks = [block for block in map(block_of, structure.weights) if block]
