@@ -1,4 +1,4 @@
-"""The language model in a wrapper, which has a vision or an audio tower beside it, and the names of its layers."""
+"""The part of a model that reads text: the language model in a wrapper with a vision tower, and an encoder."""
 
 from typing import Any
 
@@ -15,6 +15,12 @@ def language_model(model: nn.Module) -> str | None:
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return None
     return _decoder(model)
+
+
+def prompt_reader(model: Any) -> nn.Module:
+    """Return the part of a model that reads prompts: the encoder of an encoder-decoder, and else the model."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return model.get_encoder() if is_encoder_decoder and hasattr(model, "get_encoder") else model
 
 
 def _decoder(model: Any) -> str:

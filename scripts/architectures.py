@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from modular_experts.base import Base
+from modular_experts.base import Base, verify
 from modular_experts.base.apply import applied, apply
 from modular_experts.base.structure import weight_of
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -77,6 +77,12 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Models with a vision tower beside the language model, whose settings stand here."""
 
+_T5 = {"vocab_size": 96, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_T5 |= {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2}
+_BART = {"vocab_size": 96, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 1}
+_BART |= {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 256}
+_BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama": ("llama", USUAL),
     "Mistral": ("mistral", USUAL),
@@ -121,6 +127,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         | {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
     ),
+    "T5": ("t5", _T5),
+    "T5 1.1, FLAN-T5": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "BART": ("bart", _BART),
+    "Pegasus": ("pegasus", _BART),
 } | {family: (kind, {"text_config": text, **_TOWERS}) for family, (kind, text) in WRAPPERS.items()}
 """The model type and the settings of a tiny base of each family."""
 
@@ -146,7 +156,7 @@ gradients of a training of the whole model). {held}
 *Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. JetMoE and Llama 4 multiply
 the matrices of their mixtures in another way, so these get no expert.
 
-The last twelve are *wrappers*: a vision tower stands beside the language model, and experts move the language model
+T5, BART and Pegasus have an encoder and a decoder. The last twelve are *wrappers*: a vision tower stands beside the language model, and experts move the language model
 alone. For them *apply* also loads both classes of the checkpoint, and compares their logits and the tower bit for bit.
 `scripts/architectures.py` makes this page.
 
@@ -180,7 +190,9 @@ def tiny_base(family: str, place: Path) -> Base:
     kind, settings = FAMILIES[family]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **settings)
-    whole = transformers.AutoModelForImageTextToText if family in WRAPPERS else transformers.AutoModelForCausalLM
+    whole: Any = transformers.AutoModelForImageTextToText if family in WRAPPERS else transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        whole = transformers.AutoModelForSeq2SeqLM
     whole.from_config(config).eval().save_pretrained(place)
     return Base.open(place)
 
@@ -199,9 +211,8 @@ def passed_through(family: str, folder: Path) -> Result:
     return Result(len(sites) - matrices, matrices, share, steps, keeps_rows_apart(model))
 
 
-@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=IDS, use_cache=False).logits.float()
+    return verify.logits(model, IDS)
 
 
 def _steps(base: Base, folder: Path) -> Iterator[tuple[str, str]]:

@@ -14,26 +14,34 @@ def auto_class(directory: Path) -> "type[_BaseAutoModelClass]":
 
     A *wrapper* is a model with a vision or an audio tower beside its language model. `AutoModelForCausalLM` loads some
     wrappers whole, and the language model alone of others; `AutoModelForImageTextToText` loads those that it does not
-    know.
+    know. `AutoModelForSeq2SeqLM` loads encoder-decoders.
 
     Raises:
         ValueError: The checkpoint has another task, or a type that transformers does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
     from transformers.models.auto import modeling_auto
 
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     kind = str(config.get("model_type"))
     causal = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, kind)
     wrappers = _names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, kind)
-    known = {*causal, *wrappers}
-    if not known or AutoConfig.for_model(kind).is_encoder_decoder:
-        raise ValueError(f"{directory} is a {kind!r} model; only causal language models that transformers knows work")
+    encoding = _names(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, kind)
     declared = config.get("architectures") or []
-    if declared and not known.intersection(declared):
-        wanted = " or ".join(sorted(known))
-        raise ValueError(f"{directory} is a {declared[0]}; only causal language models work, here {wanted}")
-    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    loader: type[_BaseAutoModelClass]
+    if encoding and not set(causal).intersection(declared):
+        known = encoding
+        loader = transformers.AutoModelForSeq2SeqLM
+    else:
+        known = [*causal, *wrappers]
+        loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+    needed = "only causal language models and encoder-decoders work"
+    if not known:
+        raise ValueError(f"{directory} is a {kind!r} model; {needed}, and only those that transformers knows")
+    if declared and not set(known).intersection(declared):
+        wanted = " or ".join(sorted(set(known)))
+        raise ValueError(f"{directory} is a {declared[0]}; {needed}, here {wanted}")
+    return loader
 
 
 def _names(table: Any, kind: str) -> list[str]:

@@ -283,6 +283,8 @@ class Base:
             known = tokenizer.get_vocab()
             usual = (token for token in (*_PAD_TOKENS, tokenizer.unk_token) if token in known and token != eos)
             tokenizer.pad_token = next(usual, eos)
+        # An encoder was trained with the special tokens that its tokenizer adds to a text.
+        tokenizer.adds_to_prompts = self.structure.model.config.is_encoder_decoder
         return tokenizer
 
     def weight(self, name: str) -> Tensor:

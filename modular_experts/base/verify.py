@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modular_experts.base.auto_class import auto_class
 from modular_experts.base.files import quiet_transformers
 from modular_experts.base.streaming import Rounding
+from modular_experts.language_model import prompt_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,10 @@ def fixed_prompts(model: "PreTrainedModel") -> Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, prompts: Tensor) -> Tensor:
     """Return the float32 logits `(rows, tokens, vocabulary)` of a model, which is put into evaluation mode."""
-    return model.eval()(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=False).logits.float()
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    if prompt_reader(model) is not model:
+        inputs["decoder_input_ids"] = prompts
+    return model.eval()(**inputs, use_cache=False).logits.float()
 
 
 def difference(found: Tensor, reference: Tensor) -> tuple[float, float]:

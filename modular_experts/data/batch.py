@@ -35,7 +35,7 @@ validation, test and prediction carry
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -167,6 +167,42 @@ def prompts_of(batch: Batch) -> list[Tensor]:
     lengths = batch["attention_mask"].sum(1)
     starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths)
     return [ids[:start] for ids, start in zip(batch["input_ids"], starts.tolist(), strict=True)]
+
+
+class EncoderInputs(NamedTuple):
+    """How an encoder-decoder reads a padded batch: the prompts in the encoder, all that follows them in the decoder.
+
+    Attributes:
+        ids: The tokens of the prompts, `(n, longest prompt)` int64, padded on the right.
+        mask: 1 on these tokens, `(n, longest prompt)` int64.
+        decoder_ids: The token before each that follows, `(n, longest answer)` int64; a start token comes first.
+        decoder_mask: 1 where a token follows, `(n, longest answer)` int64.
+        labelled: Where the decoder predicts a labelled token, `(n, longest answer)` bool, in the order of the batch.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    decoder_ids: Tensor
+    decoder_mask: Tensor
+    labelled: Tensor
+
+
+def encoder_inputs(batch: Batch, start: int) -> EncoderInputs:
+    """Divide a padded batch between encoder and decoder, which begins with the token `start`."""
+    labels = batch["labels"]
+    mask = batch["attention_mask"]
+    prompt = (labels != IGNORED).cumsum(1).eq(0) & mask.bool()
+    prompts = prompt.sum(1, keepdim=True)
+    answers = mask.sum(1, keepdim=True) - prompts
+    longest = int(prompts.max())
+    steps = torch.arange(max(1, int(answers.max())), device=labels.device)[None]
+    places = (prompts + steps).clamp(max=labels.shape[1] - 1)
+    following = batch["input_ids"].gather(1, places)
+    follows = steps < answers
+    labelled = (labels.gather(1, places) != IGNORED) & follows
+    decoder_ids = torch.cat([torch.full_like(following[:, :1], start), following[:, :-1]], 1)
+    ids = batch["input_ids"][:, :longest]
+    return EncoderInputs(ids, prompt[:, :longest].long(), decoder_ids, follows.long(), labelled)
 
 
 def repacked(batch: Batch) -> Batch:

@@ -221,6 +221,11 @@ class PromptReadings(NamedTuple):
     base: bool
 
 
+def adds_to_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a base reads prompts with the special tokens that its tokenizer adds, as encoders do."""
+    return getattr(tokenizer, "adds_to_prompts", False)
+
+
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> PromptReading:
     """Return a prompt as a model reads it, with `chat` as the chat template makes it."""
     ends = ends_of_answers(tokenizer, chat)
@@ -232,7 +237,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
             prompt = prompt_text(tokenizer, messages)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(prompt, add_special_tokens=adds_to_prompts(tokenizer))["input_ids"])
     if not ids:
         raise ValueError("the prompt is empty for the model: the chat template or the tokenizer leaves nothing of it")
     return PromptReading(ids, ends, chat)

@@ -1,7 +1,7 @@
 """Tokenise rows of text into examples; `chat.py` tokenises conversations.
 
 Input and target are tokenised apart, without special tokens, and end-of-sequence follows the target, also in each
-demonstration before a row.
+demonstration before a row. Only an encoder reads an input with the special tokens that its tokenizer adds.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens, fitted
-from modular_experts.data.chat import ConversationTokenizer, prompt_text
+from modular_experts.data.chat import ConversationTokenizer, adds_to_prompts, prompt_text
 from modular_experts.data.demonstrations import as_turns, behind_turns
 from modular_experts.data.rows import Row
 
@@ -128,7 +128,7 @@ class RowTokenizer:
 
     def _ids_behind(self, rows: Sequence[Row], before: Sequence[Sequence[Row]]) -> list[list[int]]:
         """Return the tokens of each prompt with its demonstrations."""
-        prompts = self._ids(self._texts(rows, before))
+        prompts = self._ids(self._texts(rows, before), adds_to_prompts(self.tokenizer))
         if self.chat_template:
             return prompts
         shown = {(row.input, str(row.target)): row for own in before for row in own}
@@ -150,10 +150,11 @@ class RowTokenizer:
         ids = iter(self._ids(texts))
         return [[[*next(ids), self.tokenizer.eos_token_id] for _ in own_targets] for own_targets in targets]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        how = {"return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, add_special_tokens=special, **how)["input_ids"]
 
 
 def correct_of(row: Row) -> int:

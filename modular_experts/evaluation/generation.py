@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts_of
 from modular_experts.injection import context_length
+from modular_experts.language_model import prompt_reader
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 
@@ -103,8 +104,9 @@ def generate_tokens(
     for end, room in dict.fromkeys(zip(ends, rooms, strict=True)):
         chosen = [number for number in range(len(rows)) if (ends[number], rooms[number]) == (end, room)]
         together = [rows[number] for number in chosen]
-        ids = pad_sequence(together, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in together], batch_first=True, padding_side="left")
+        side = "left" if prompt_reader(model) is model else "right"
+        ids = pad_sequence(together, batch_first=True, padding_value=pad, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in together], batch_first=True, padding_side=side)
         stops = list(dict.fromkeys([eos, end]))
         with reading(mask.bool(), tasks and [tasks[number] for number in chosen]):
             config = GenerationConfig(
@@ -124,10 +126,17 @@ def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:
 def continued(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
-    """Return the tokens that a model generates behind prompts, which are padded on the left."""
+    """Return the tokens that a model generates behind prompts.
+
+    Prompts are padded on the left, and on the right for an encoder, which is also how an encoder-decoder was trained.
+    """
+    behind = ids.shape[1]
+    if prompt_reader(model) is not model:
+        config.decoder_start_token_id = model.config.decoder_start_token_id
+        behind = 1
     with evaluating(model, config):
         whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)  # type: ignore[operator]
-        return whole[:, ids.shape[1] :]
+        return whole[:, behind:]
 
 
 @contextmanager

@@ -5,13 +5,16 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import applied
 from modular_experts.base.structure import Structure, is_transposed
-from modular_experts.data.batch import Batch
+from modular_experts.data.batch import Batch, encoder_inputs
 from modular_experts.deltas import Delta, Sparse
+from modular_experts.language_model import prompt_reader
 from modular_experts.methods import RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.progress import Progress
@@ -35,12 +38,21 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
     try:
         with evaluation_mode(model):
             for batch in batches:
-                sums.start(batch["attention_mask"].to(model.device))
-                part(batch["input_ids"].to(model.device), attention_mask=sums.mask, use_cache=False)
+                batch = move_data_to_device(batch, model.device)
+                if prompt_reader(model) is model:
+                    sums.start(batch["attention_mask"])
+                    part(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                    continue
+                divided = encoder_inputs(batch, model.config.decoder_start_token_id)
+                # A column more, where both stacks read as many tokens, lets shapes tell them apart.
+                more = int(divided.ids.shape[1] == divided.decoder_ids.shape[1])
+                ids, mask = F.pad(divided.ids, (0, more)), F.pad(divided.mask, (0, more))
+                sums.start(mask, divided.decoder_mask)
+                part(ids, attention_mask=mask, decoder_input_ids=divided.decoder_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    if not sums.tokens:
+    if not any(sums.tokens.values()):
         raise ValueError("Gram matrices need at least one row, and there was none")
     statistics: dict[str, DataStatistic | None] = dict.fromkeys(names)
     for name, layer in hooked.items():
@@ -50,7 +62,7 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
         total = sums.totals.get(name)
         if total is None:  # no token reached this layer
             total = torch.zeros(width, width, device=weight.device)
-        statistics[name] = DataStatistic(total.div_(sums.tokens), inputs=dimension)
+        statistics[name] = DataStatistic(total.div_(max(1, sums.tokens.get(name, 1))), inputs=dimension)
     return statistics
 
 
@@ -93,27 +105,31 @@ class _Sums:
     """The running sums of one pass over data."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens: dict[str, int] = {}
         self.totals: dict[str, Tensor] = {}
 
-    def start(self, mask: Tensor) -> None:
-        self.mask = mask
-        self.tokens += int(mask.sum())
-        self._padded = not bool(mask.all())
+    def start(self, *masks: Tensor) -> None:
+        """Begin a pass, whose layers read tokens by one of the masks, of different shapes `(rows, length)`."""
+        self._masks = masks
         self._last: tuple[Tensor, Tensor] | None = None
 
     def take(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0]
+        mask = next((mask for mask in self._masks if mask.shape == inputs.shape[:-1]), None)
+        if mask is None and not all(bool(mask.all()) for mask in self._masks):
+            raise ValueError(
+                f"{name} gets inputs of shape {tuple(inputs.shape)}, which are not laid out by row and token "
+                f"{tuple(self._masks[0].shape)}, so its padding cannot be left out; give data.eval_batch_size: 1"
+            )
         if self._last is None or self._last[0] is not inputs:  # projections of one attention layer share their inputs
-            if self._padded and inputs.shape[:-1] != self.mask.shape:
-                raise ValueError(
-                    f"{name} gets inputs of shape {tuple(inputs.shape)}, which are not laid out by row and token "
-                    f"{tuple(self.mask.shape)}, so its padding cannot be left out; give data.eval_batch_size: 1"
-                )
-            rows = inputs[self.mask.bool()] if self._padded else inputs.reshape(-1, inputs.shape[-1])
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            if mask is not None and not bool(mask.all()):
+                rows = inputs[mask.bool()]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._last = (inputs, rows.T @ rows)
         product = self._last[1]
+        read = self._masks[0] if mask is None else mask
+        self.tokens[name] = self.tokens.get(name, 0) + int(read.sum())
         if name in self.totals:
             self.totals[name] += product
         else:

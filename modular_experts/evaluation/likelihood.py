@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from modular_experts.data.batch import IGNORED, Batch
+from modular_experts.data.batch import IGNORED, Batch, encoder_inputs
 from modular_experts.injection.sharded import is_sharded
+from modular_experts.language_model import prompt_reader
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 
@@ -31,17 +32,19 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
-            packed batch `position_ids` take the place of the mask.
+            packed batch `position_ids` take the place of the mask. An encoder-decoder gets the prompts in its encoder,
+            and the rest in its decoder.
         batch: A batch as `data/batch.py` describes it; with a `cache`, the model leaves its state there.
     """
-    labels, labelled = _predicted(batch)
-    chosen = labels[labelled]
+    labels, has_label = _predicted(batch)
+    chosen = labels[has_label]
+    inputs, labelled = _inputs(model, batch)
 
     def gather(_: nn.Module, arguments: Arguments) -> Arguments | None:
         hidden = arguments[0]
         return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
 
-    logits = _logits(model, batch, gather)
+    logits = _logits(model, batch, inputs, gather)
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
 
 
@@ -49,17 +52,30 @@ def _head(model: nn.Module) -> nn.Module | None:
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
-def _logits(model: nn.Module, batch: Batch, before_head: Callable[[nn.Module, Arguments], Arguments | None]) -> Tensor:
-    """Return what the model gives, with a hook in front of its output head."""
+def _inputs(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
+    """Return what a model is called with, and where its logits predict a labelled token `(lines, length)`."""
+    if prompt_reader(model) is model:
+        names = ("input_ids", "attention_mask", "position_ids", "cache")
+        return {name: batch[name] for name in names if name in batch}, _predicted(batch)[1]
+    start: int = model.config.decoder_start_token_id  # type: ignore[union-attr, assignment]
+    divided = encoder_inputs(batch, start)
+    named = {"input_ids": divided.ids, "attention_mask": divided.mask, "decoder_input_ids": divided.decoder_ids}
+    return named, divided.labelled
+
+
+def _logits(
+    model: nn.Module, batch: Batch, inputs: Batch, before_head: Callable[[nn.Module, Arguments], Arguments | None]
+) -> Tensor:
+    """Return what the model gives for the inputs of a batch, with a hook in front of its output head."""
     labels = batch["labels"]
     hook = (_head(model) or nn.Identity()).register_forward_pre_hook(before_head)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
     # A router chooses by the prompt, what comes before the first labelled token; it counts neither padding nor fillers.
     owner = batch["row"] if "row" in batch else torch.arange(len(labels), device=labels.device)[:, None]
-    tokens = owner >= 0 if "row" in batch else batch["attention_mask"].bool()
+    tokens = owner >= 0 if "row" in batch else inputs["attention_mask"].bool()
+    prompt = tokens if "decoder_input_ids" in inputs else _prompts(batch)
     if fillers := [row for row, task in enumerate(batch.get("task", [])) if task == ""]:
         tokens = tokens & ~torch.isin(owner, torch.tensor(fillers, device=owner.device))
-    with reading(_prompts(batch), batch.get("task"), tokens, batch.get("row")):
+    with reading(prompt, batch.get("task"), tokens, batch.get("row")):
         try:
             return model(**inputs, use_cache="cache" in batch).logits
         finally:
@@ -125,14 +141,14 @@ def _answer_states(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor | 
     """Return the hidden states `(m, hidden)` that the head reads at the labelled tokens; None where the model's logits
     are other than the head's.
     """
-    _, labelled = _predicted(batch)
+    inputs, labelled = _inputs(model, batch)
     seen: list[Tensor] = []
 
     def take(_: nn.Module, arguments: Arguments) -> Arguments:
         seen.append(arguments[0])
         return (arguments[0][:1, :1], *arguments[1:])
 
-    logits = _logits(model, batch, take)
+    logits = _logits(model, batch, inputs, take)
     _PLAIN[head] = bool(seen) and seen[0].shape[:2] == labelled.shape and torch.equal(logits, head(seen[0][:1, :1]))
     return seen[0][labelled] if _PLAIN[head] else None
 
@@ -157,8 +173,9 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
 
     `cached` also asks this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
     """
-    # A model that takes no positions at all reads the rows as one.
-    if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
+    # A model that takes no positions at all reads the rows as one, and an encoder sees all that it reads.
+    takes_places = {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters)
+    if prompt_reader(model) is not model or not takes_places:
         return False
     device = next(model.parameters()).device
     lengths = (3, 1, 2)

@@ -17,6 +17,7 @@ from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
 from modular_experts.injection.slices import GatesOfSlice
+from modular_experts.language_model import prompt_reader
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
@@ -76,7 +77,8 @@ class Routed(Injected):
         self.prompt_gates: PromptGates | None = None
         if router is not None:
             self.prompt_gates = PromptGates(router, current)
-            hook = model.register_forward_pre_hook(self.prompt_gates, with_kwargs=True)
+            # `generate` calls the encoder of an encoder-decoder by itself.
+            hook = prompt_reader(model).register_forward_pre_hook(self.prompt_gates, with_kwargs=True)
             self.after_removal.callback(hook.remove)
 
     def remove(self) -> None:

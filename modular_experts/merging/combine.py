@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
+from modular_experts.base.verify import logits
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.rows import SPLITS, content_hash
@@ -325,8 +325,7 @@ class _Combining:
         # The first pass warms up, and the second one counts.
         for _ in range(2):
             started = clock()
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=False)
+            logits(model, ids)
             seconds = clock() - started
         return seconds / ids.numel()
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.language_model import blocks_of
+from modular_experts.language_model import blocks_of, prompt_reader
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import GRAMS, Router
 
@@ -194,13 +194,17 @@ def prompt_vectors(
             "a router that reads prompts runs a part of the model, for which FSDP2 gathers no weights; leave out "
             "shard_base"
         )
-    body: nn.Module = getattr(model, "base_model", model)
-    inputs: dict[str, object] = {"input_ids": ids, "use_cache": False}
+    reader = prompt_reader(model)
+    body: nn.Module = getattr(reader, "base_model", reader)
+    parameters = inspect.signature(body.forward).parameters
+    inputs: dict[str, object] = {"input_ids": ids}
+    if "use_cache" in parameters or reader is model:
+        inputs["use_cache"] = False
     if isinstance(mask, Packs):
         inputs["position_ids"] = mask.places
     else:
         inputs["attention_mask"] = mask
-        if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        if mask is not None and "position_ids" in parameters:
             # Padding on the left must not move the places.
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     states = _hidden_states(body, inputs, depths)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from modular_experts.language_model import prompt_reader
 from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
@@ -106,6 +107,11 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30
     ) -> None:
+        if prompt_reader(model) is not model:
+            raise ValueError(
+                f"{type(model).__name__} has an encoder, and requests are batched for causal language models alone; "
+                "ask it with generate"
+            )
         if getattr(model.config, "attn_logit_softcapping", None):
             raise ValueError(
                 f"{type(model).__name__} cannot be served, because transformers leaves out attn_logit_softcapping "

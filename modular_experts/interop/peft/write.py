@@ -142,7 +142,7 @@ def _write_peft(
 def _write_files(directory: Path, base: Base, structure: Structure, format: PeftFormat, encoded: Encoded) -> None:
     config = {
         "peft_type": format.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if structure.model.config.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": base.place,
         "revision": base.revision,
         "inference_mode": True,
