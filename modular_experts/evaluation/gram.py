@@ -52,7 +52,7 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
     finally:
         for handle in handles:
             handle.remove()
-    if not any(sums.tokens.values()):
+    if not sums.passes:
         raise ValueError("Gram matrices need at least one row, and there was none")
     statistics: dict[str, DataStatistic | None] = dict.fromkeys(names)
     for name, layer in hooked.items():
@@ -105,11 +105,13 @@ class _Sums:
     """The running sums of one pass over data."""
 
     def __init__(self) -> None:
+        self.passes = 0
         self.tokens: dict[str, int] = {}
         self.totals: dict[str, Tensor] = {}
 
     def start(self, *masks: Tensor) -> None:
         """Begin a pass, whose layers read tokens by one of the masks, of different shapes `(rows, length)`."""
+        self.passes += 1
         self._masks = masks
         self._last: tuple[Tensor, Tensor] | None = None
 
