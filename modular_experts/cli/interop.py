@@ -14,6 +14,7 @@ from modular_experts.interop.peft import export as export_expert
 from modular_experts.interop.servers import ServedAdapters, export_for, export_patch
 from modular_experts.library import StoredExpert
 from modular_experts.library.card import CARD_FILE
+from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.pull import pull as pull_experts
 from modular_experts.library.push import push as push_experts
 from modular_experts.library.record import RECORD_FILE
@@ -244,6 +245,7 @@ def push(
     statistics: bool = False,
     dry_run: bool = False,
     inputs: bool = False,
+    license: str | None = None,
 ) -> None:
     """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
 
@@ -259,19 +261,24 @@ def push(
         statistics: Push the experts' statistics too.
         dry_run: Print the card and the files, and write nothing; this needs no network.
         inputs: Push the inputs that experts keep too. Everybody who has the base's tokenizer can read them.
+        license: Licence of the experts, as the hub names it: apache-2.0, mit, other. By default that of their records,
+            or of all their parents.
 
     Examples:
-        modular-experts push --experts library/a library/b --repo owner/name --dry-run
-        modular-experts push --experts library/* --repo owner/name
+        modular-experts push --experts library/a library/b --repo owner/name --license apache-2.0 --dry-run
+        modular-experts push --experts library/* --repo owner/name --license mit
     """
     bar = progress_bar("checking")
-    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, inputs, bar)
+    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, inputs, license, bar)
     if pushed.card is None:
         print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
     elif dry_run:
         print(pushed.card)
     for path, size in pushed.sizes.items():
         print(f"{path}: {bytes_text(size)}")
+    kept = [name for name in experts if not inputs and (Path(name) / INPUTS_FILE).exists()]
+    if kept:
+        print(f"the inputs that {', '.join(kept)} keep stay here; --inputs pushes them")
     for path in pushed.removed:
         print(f"{path}: {'would be ' if dry_run else ''}removed, because it belongs to a replaced expert")
     for name in pushed.present:

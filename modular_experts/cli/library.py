@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.base.base import Base, find_base
+from modular_experts.base.base import Base, DType, find_base
 from modular_experts.cli.format import call_text, counted, kind_text, share_text, statistics_text, table_of
 from modular_experts.library import Library, StoredExpert, is_adapter, open_expert, open_statistics
 from modular_experts.library.compatibility import open_parents
@@ -60,27 +60,44 @@ def _row(expert: StoredExpert) -> tuple[str, ...]:
     return kind_text(expert.record), shown, *holds, bytes_text(expert.size_on_disk)
 
 
-def verify(expert: str, base: str | None = None) -> None:
+def verify(
+    expert: str,
+    base: str | None = None,
+    server: str | None = None,
+    tasks: list[str] | None = None,
+    dtype: DType = "float32",
+) -> None:
     """Read an expert, or all experts of a library, and check every byte against its hash.
 
     Shapes, data types, bounds and order of the indices are checked too, and that all values are finite; of a routed
     expert, that the experts behind it are there and are those that it was made with. The base is
     compared by its fingerprint if it is given, or if the record leads to a directory that exists.
 
+    With --server, a running server proves that it answers with each expert: its log-probabilities are compared with
+    those of the base, of the expert, and of every other expert of the library. It may be this package's, vLLM or
+    SGLang.
+
     Args:
         expert: Directory of an expert, or of a library.
         base: The base's directory or hub id.
+        server: Address of a server of OpenAI's protocol, such as http://localhost:8000.
+        tasks: Task files with prompts for the server; by default the inputs that the experts keep.
+        dtype: Data type of the base that the server is compared with.
 
     Examples:
         modular-experts verify library/ab
         modular-experts verify library
+        modular-experts verify library --server http://localhost:8000
     """
     place = Path(expert)
-    if (
+    alone = (
         not place.is_dir()
         or is_adapter(place)
         or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE))
-    ):
+    )
+    if server:
+        return _verify_served(place, alone, server, base, tasks, dtype)
+    if alone:
         print(f"{expert}: {_verified(open_expert(expert, base), base)}")
         return
     library = Library(expert)
@@ -98,6 +115,27 @@ def verify(expert: str, base: str | None = None) -> None:
     if not library:
         raise ValueError(f"{expert} holds no expert, so there is nothing to verify")
     print(f"{expert}: all {len(library)} experts are intact")
+
+
+def _verify_served(
+    place: Path, alone: bool, server: str, base: str | None, tasks: list[str] | None, dtype: DType
+) -> None:
+    from modular_experts.data import TaskMixture
+    from modular_experts.interop.verify_server import verify_server
+    from modular_experts.reports.progress import progress_bar
+
+    known = [expert for expert in Library(place.parent if alone else place, base).readable() if not expert.is_routed]
+    asked = [open_expert(place, base)] if alone else known
+    others = [expert for expert in known if expert.name not in {expert.name for expert in asked}]
+    data = TaskMixture(tasks) if tasks else None
+    bar = progress_bar("comparing")
+    verdicts = verify_server(server, asked, others, data, base, dtype=dtype, progress=bar)
+    for verdict in verdicts:
+        print(verdict)
+    failed = [verdict.expert for verdict in verdicts if verdict.finding != "acts"]
+    if failed:
+        raise ValueError(f"of {counted(len(verdicts), 'expert')} these do not act: {', '.join(failed)}")
+    print(f"{server}: all {counted(len(verdicts), 'expert')} act")
 
 
 def _verified(expert: StoredExpert, base: str | None) -> str:

@@ -73,7 +73,10 @@ def _header(entries: Sequence[CardEntry], earlier: str) -> Record:
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
     tags += ["merge"] if any(entry.record["kind"] == MERGE for entry in entries) else []
+    licenses = sorted({entry.record["license"] for entry in entries if "license" in entry.record})
     ours: Record = {"library_name": _LIBRARY}
+    if licenses:
+        ours["license"] = licenses[0] if len(licenses) == 1 else licenses
     if bases:
         ours |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "adapter"}
     old = kept.get("tags") if isinstance(kept.get("tags"), list) else []

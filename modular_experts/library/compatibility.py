@@ -312,8 +312,13 @@ def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
 
 
 def as_parents(experts: Sequence[StoredExpert]) -> list[Record]:
-    """Return the experts as records list parents: by name and content hash, with their tasks."""
-    return [{"name": e.name, "content_hash": e.content_hash, "tasks": e.record["tasks"]} for e in experts]
+    """Return the experts as records list parents: by name and content hash, with their tasks and known licences."""
+    parents = []
+    for expert in experts:
+        parent = {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
+        known = {"license": expert.record["license"]} if expert.record.get("license") else {}
+        parents.append(parent | known)
+    return parents
 
 
 def parent_ids(parents: Sequence[Facts]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ def push(
     statistics: bool = False,
     dry_run: bool = False,
     inputs: bool = False,
+    license: str | None = None,
     progress: Progress = iter,
 ) -> Pushed:
     """Write experts and a card into a repository of the hub.
@@ -67,18 +69,21 @@ def push(
         statistics: Push the experts' statistics too.
         dry_run: Check everything and write nothing; without the network, as for an empty repository.
         inputs: Push the inputs that experts keep too, which their tokenizer turns back into text.
+        license: The experts' licence, as the hub names it: `apache-2.0`, `mit`, `other`. By default each has the
+            licence of its record, as a pulled expert has one, which stays, or the one that all of its parents have.
 
     Raises:
-        ValueError: An expert is damaged, the list is empty, two experts have the same name, or a route in the
-            repository chooses among experts that this push replaces.
+        ValueError: An expert is damaged, the list is empty, two experts have the same name, a route in the repository
+            chooses among experts that this push replaces, or an expert has no licence, or parents with different ones.
         OSError: The hub was not reached, does not let this user write, or has another expert of that name.
     """
     opened = _open(experts)
+    licenses = {name: _license_of(expert, license) for name, expert in opened.items()}
     files: dict[str, Path | bytes] = {}
     for name in progress(list(opened)):
         contents = check_contents(opened[name], statistics, inputs)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
-        files[f"{name}/{RECORD_FILE}"] = _published(opened[name])
+        files[f"{name}/{RECORD_FILE}"] = _published(opened[name], licenses[name])
     reached = True
     try:
         repository = find_repository(repo_id, writing=True)
@@ -110,7 +115,8 @@ def push(
     kept = files.keys() | (repository.files.keys() - {*removed})
     for expert in opened.values():
         has_inputs = f"{expert.name}/{INPUTS_FILE}" in kept
-        entries.append(CardEntry(expert.name, expert.record, expert.size_on_disk, inputs=has_inputs))
+        record = {**expert.record, "license": licenses[expert.name]}
+        entries.append(CardEntry(expert.name, record, expert.size_on_disk, inputs=has_inputs))
     if reached:
         entries = _with_hub_bases(entries)
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
@@ -171,17 +177,44 @@ def _check_routes(repository: HubRepository, entries: Sequence[CardEntry], exper
                 )
 
 
-def _published(expert: StoredExpert) -> bytes:
-    """Return the record of an expert, in which absolute paths of base and source give way to the directory's name."""
+def _license_of(expert: StoredExpert, given: str | None) -> str:
+    """Return the licence that is given, or that of the record, or that of all parents."""
+    if given is not None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
+            raise ValueError(f"license={given!r} is not as the hub names licences, such as apache-2.0, mit or other")
+        if expert.record.get("license") not in (None, given):
+            raise ValueError(
+                f"{expert.name} came under {expert.record['license']} by its record, and license={given!r} is given; "
+                "leave license out for it"
+            )
+        return given
+    own = expert.record.get("license")
+    by_parent = {parent["name"]: parent.get("license") for parent in expert.record["parents"]}
+    different = {str(of) for of in by_parent.values() if of}
+    if own:
+        return str(own)
+    if len(different) > 1:
+        shown = ", ".join(f"{name} ({of})" for name, of in by_parent.items() if of)
+        raise ValueError(
+            f"{expert.name} is made of experts with different licences: {shown}; name one that they all allow, such as "
+            "license='other'"
+        )
+    if different and all(by_parent.values()):
+        return different.pop()
+    raise ValueError(f"{expert.name} has no licence, so nobody may use it; name one, such as license='apache-2.0'")
+
+
+def _published(expert: StoredExpert, license: str) -> bytes:
+    """Return the record of an expert with its licence, and the last part of absolute paths of base and source."""
     content = (expert.path / RECORD_FILE).read_bytes()
     record = json.loads(content)
     origins = [record["base"], record.get("source") or {}]
     absolute = [origin for origin in origins if Path(str(origin.get("id"))).is_absolute()]
-    if not absolute:
+    if not absolute and record.get("license") == license:
         return content
     for origin in absolute:
         origin["id"] = Path(origin["id"]).name
-    return (json.dumps(record, indent=2) + "\n").encode()
+    return (json.dumps(record | {"license": license}, indent=2) + "\n").encode()
 
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:

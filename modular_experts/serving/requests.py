@@ -158,6 +158,8 @@ class CompletionRequest(AnyRequest):
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
+    return_tokens_as_token_ids: bool = False
+    """As in vLLM: tokens are named `token_id:5` and not by their text, which several may have."""
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -179,12 +181,16 @@ class CompletionRequest(AnyRequest):
 
     def logprobs_of(self, tokens: Sequence[Token], tokenizer: PreTrainedTokenizerFast) -> Json:
         """Return the probabilities of tokens in this protocol."""
+
+        def name(id: int) -> str:
+            return f"token_id:{id}" if self.return_tokens_as_token_ids else _text(tokenizer, id)
+
         likeliest = []
         for token in tokens:
             # Where several tokens have one text, the likeliest stays.
-            likeliest.append({_text(tokenizer, id): logprob for id, logprob in reversed(token.likeliest)})
+            likeliest.append({name(id): logprob for id, logprob in reversed(token.likeliest)})
         return {
-            "tokens": [_text(tokenizer, token.id) for token in tokens],
+            "tokens": [name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": likeliest,
         }

@@ -32,14 +32,14 @@ def place(tiny_llama_dir, tmp_path, monkeypatch):
 
 
 def test_push_and_pull_after_a_dry_run_that_prints_the_card_and_the_files(done, place, hub):
-    out = done("push", "--experts", "library/a", "library/b", "--repo", REPO, "--dry_run", "true")
+    out = done("push", "--experts", "library/a", "library/b", "--repo", REPO, "--license", "mit", "--dry_run", "true")
     assert out.startswith("---\nlibrary_name: modular-experts\n")
     size = Path("library/a/delta.safetensors").stat().st_size
     assert f"\na/delta.safetensors: {size / 1000:.3g} kB\n" in out
     assert "nothing was written; without --dry-run, 2 experts would be pushed to http" in out
     assert hub.written() == []
     assert hub.repositories == {}
-    out = done("push", "--experts", "[library/a, library/b]", "--repo", REPO)
+    out = done("push", "--experts", "[library/a, library/b]", "--repo", REPO, "--license", "mit")
     sha = hub.repositories[REPO].branches["main"]
     assert out.splitlines()[-1].startswith(f"pushed 2 experts to {REPO}: http://")
     assert out.splitlines()[-1].endswith(f"/{REPO}/commit/{sha}")
@@ -53,7 +53,7 @@ def test_push_and_pull_after_a_dry_run_that_prints_the_card_and_the_files(done, 
 
 
 def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir, monkeypatch):
-    run("push", "--experts", "library/a", "library/b", "--repo", REPO)
+    run("push", "--experts", "library/a", "library/b", "--repo", REPO, "--license", "mit")
     card = hub.repositories[REPO].files()["README.md"].decode()
     lines = card.partition("```bash\n")[2].partition("```")[0].splitlines()
     commands = [words for line in lines if (words := shlex.split(line, comments=True))[0] == "modular-experts"]

@@ -257,7 +257,7 @@ def test_a_hub_id_is_an_adapter_that_is_fetched(run, place, hub, monkeypatch):
         code, _, err = run("show", wrong)
         assert code == 1
         assert sentence in err
-    assert run("push", "peft/reverse", "--repo", "me/experts")[0] == 0
+    assert run("push", "peft/reverse", "--repo", "me/experts", "--license", "mit")[0] == 0
     code, _, err = run("show", "me/experts")
     assert "it holds the experts reverse, which `pull` fetches with --repo me/experts and --out library" in err
 

@@ -18,6 +18,7 @@ from modular_experts.library.card import CardEntry, model_card
 from modular_experts.library.kept_inputs import INPUTS_FILE, Prompt
 from modular_experts.library.pull import pull
 from modular_experts.library.push import push
+from modular_experts.merging.merged import merge
 from modular_experts.merging.route import route
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Oracle
@@ -27,10 +28,11 @@ BASE = {"id": "maker/base", "revision": "main", "fingerprint": "f" * 64}
 FILES = ("delta.safetensors", "expert.json")
 
 
-def write(path, seed=0, kind="SparseExpert", base=BASE, overwrite=False, **facts):
+def write(path, seed=0, kind="SparseExpert", base=BASE, overwrite=False, license="mit", **facts):
     """Write an expert of two weights that keeps 60 of 1200 entries of each."""
     deltas = [(f"w{i}", random_delta("Sparse", (40, 30), seed + i, torch.float32, share=0.05)) for i in (0, 1)]
-    write_expert(path, deltas, make_record(kind, base, tasks=["first"], **facts), overwrite=overwrite)
+    record = make_record(kind, base, tasks=["first"], **facts) | ({"license": license} if license else {})
+    write_expert(path, deltas, record, overwrite=overwrite)
     return open_expert(path)
 
 
@@ -88,7 +90,7 @@ def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, 
     reason = "its output depends on the input"
     state = {"w0/router": torch.arange(6.0).view(2, 3)}
     record = make_record("Mixture", BASE, tasks=["first"], not_mergeable_because=reason)
-    write_expert(library / "routed", {}, record, state=state)
+    write_expert(library / "routed", {}, record | {"license": "mit"}, state=state)
     push(experts_of(library), REPO)
     card = hub.repositories[REPO].files()["README.md"].decode()
     assert "| routed | Mixture | first |" in card
@@ -107,8 +109,45 @@ def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path)
     assert push([library / "routed"], REPO).experts == ["a", "b", "routed"]
     push([library / "c"], REPO)
     assert [expert.name for expert in pull(REPO, tmp_path / "other", ["routed"]).experts] == ["routed", "a", "b"]
-    for name in ("a", "b", "routed"):
+    for name in ("a", "b"):
         assert contents(tmp_path / "other" / name) == contents(library / name)
+    there, here = (json.loads((folder / "routed/expert.json").read_text()) for folder in (tmp_path / "other", library))
+    assert there == here | {"license": "mit"}  # that of both experts behind it
+
+
+def test_the_licence_is_given_recorded_or_that_of_all_parents(hub, library, tmp_path) -> None:
+    merge([library / "a", library / "b"], "Average", library / "merged")
+    push([library / "merged"], REPO)
+    pull(REPO, tmp_path / "other")
+    assert open_expert(tmp_path / "other/merged").record["license"] == "mit"
+    assert "license: mit" in hub.repositories[REPO].files()["README.md"].decode()
+    write(library / "own", seed=40, license=None)
+    push([library / "own"], "someone/else", license="apache-2.0")
+    write(tmp_path / "c", seed=20, license="cc-by-4.0")
+    push([tmp_path / "c"], "someone/else")
+    card = hub.repositories["someone/else"].files()["README.md"].decode()
+    assert "license:\n- apache-2.0\n- cc-by-4.0\n" in card
+
+
+def test_an_expert_without_a_licence_or_of_two_is_not_pushed(hub, library, tmp_path) -> None:
+    write(tmp_path / "c", seed=20, license="cc-by-4.0")
+    merge([library / "a", tmp_path / "c"], "Average", library / "both")
+    with pytest.raises(
+        ValueError, match=r"both is made of experts with different licences: a \(mit\), c \(cc-by-4.0\)"
+    ):
+        push([library / "both"], REPO)
+    write(library / "none", seed=30, license=None)
+    with pytest.raises(ValueError, match="none has no licence, so nobody may use it; name one, such as license='apach"):
+        push([library / "none"], REPO)
+    merge([library / "a", library / "none"], "Average", library / "half")
+    with pytest.raises(ValueError, match="half has no licence"):
+        push([library / "half"], REPO)
+    with pytest.raises(ValueError, match="license='Apache 2' is not as the hub names licences"):
+        push([library / "none"], REPO, license="Apache 2")
+    with pytest.raises(ValueError, match=r"a came under mit by its record, and license='apache-2.0' is given"):
+        push([library / "a"], REPO, license="apache-2.0")
+    assert REPO not in hub.repositories
+    assert push([library / "both"], REPO, license="other").experts == ["both"]
 
 
 def test_an_expert_behind_a_route_is_replaced_only_together_with_the_route(hub, library):

@@ -17,6 +17,7 @@ import pytest
 from testbed import served
 from testbed.documents import ROOT
 
+from modular_experts.__main__ import main
 from modular_experts.library.opening import ADAPTER_FILE
 
 LONG = {"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}
@@ -56,6 +57,26 @@ def server(library) -> Iterator[Started]:
     started = Started(library)
     yield started
     started.client.close()
+
+
+def test_verify_finds_each_expert_in_the_running_server_and_one_that_is_another(
+    library, server, tiny_llama_dir, task_files, tmp_path, capsys
+) -> None:
+    asked = ["--server", server.address, "--tasks", str(task_files["upper"])]
+    assert main(["verify", str(library), *asked]) == 0
+    assert "all 6 experts act" in capsys.readouterr().out
+    shutil.copytree(library, tmp_path / "library")
+    shutil.rmtree(tmp_path / "library" / "lora")
+    served.write(tiny_llama_dir, tmp_path / "library" / "lora", "lora", 77)
+    assert main(["verify", str(tmp_path / "library" / "lora"), *asked]) == 1
+    told = capsys.readouterr()
+    assert re.search(r"^lora is nothing of this library", told.out, re.M)
+    assert "of 1 expert these do not act: lora" in told.err
+
+
+def test_verify_says_that_no_server_is_there(library, capsys) -> None:
+    assert main(["verify", str(library), "--server", "http://127.0.0.1:9"]) == 1
+    assert "no server of OpenAI's protocol answers at http://127.0.0.1:9/v1/models" in capsys.readouterr().err
 
 
 def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path, caplog) -> None:

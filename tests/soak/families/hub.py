@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from testbed.hub_server import Hub, point_client, serving
 from modular_experts import open_expert, route
 from modular_experts.library import write_statistics
 from modular_experts.library.pull import pull
-from modular_experts.library.push import push
+from modular_experts.library.push import push as push_experts
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Constant
 from soak import bases, experts
@@ -37,6 +38,9 @@ def hub_case(case: Case) -> None:
         for number in range(3):
             pull_twice(case, owner.commits, case.folder / f"pulled{number}")
         pull_damaged(case, owner)
+
+
+push = partial(push_experts, license="mit")
 
 
 class Owner:
@@ -149,6 +153,7 @@ def published(place: Path, statistics: bool) -> Files:
     files = whole(read(place.parent)[place.name], statistics)
     record = json.loads(files["expert.json"])
     record["base"]["id"] = Path(record["base"]["id"]).name
+    record["license"] = "mit"
     return files | {"expert.json": (json.dumps(record, indent=2) + "\n").encode()}
 
 

@@ -139,8 +139,7 @@ def distill_case(case: Case) -> None:
     setup = Setup(case, 2)
     steps = case.random.randint(1, 3)
     rate = 0.05
-    by: Any = case.random.choice(["model", "block"])
-    method = methods.Distilled(steps=steps, batch=2, learning_rate=rate, rows=4, max_new_tokens=3, by=by)
+    method = methods.Distilled(steps=steps, batch=2, learning_rate=rate, rows=4, max_new_tokens=3)
     case.note(method=repr(method))
     result = distill(setup.places, case.folder / "distilled", method, setup.mixture())
     ours = result.found.coefficients
