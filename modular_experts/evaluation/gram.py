@@ -52,7 +52,7 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
     finally:
         for handle in handles:
             handle.remove()
-    if not sums.passes:
+    if not sums.tokens[0]:
         raise ValueError("Gram matrices need at least one row, and there was none")
     statistics: dict[str, DataStatistic | None] = dict.fromkeys(names)
     for name, layer in hooked.items():
@@ -62,7 +62,7 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
         total = sums.totals.get(name)
         if total is None:  # no token reached this layer
             total = torch.zeros(width, width, device=weight.device)
-        statistics[name] = DataStatistic(total.div_(max(1, sums.tokens.get(name, 1))), inputs=dimension)
+        statistics[name] = DataStatistic(total.div_(sums.tokens[sums.reads.get(name, 0)]), inputs=dimension)
     return statistics
 
 
@@ -105,33 +105,33 @@ class _Sums:
     """The running sums of one pass over data."""
 
     def __init__(self) -> None:
-        self.passes = 0
-        self.tokens: dict[str, int] = {}
+        # How many tokens each of the masks had, and the number of the mask by which each layer reads.
+        self.tokens = [0, 0]
+        self.reads: dict[str, int] = {}
         self.totals: dict[str, Tensor] = {}
 
     def start(self, *masks: Tensor) -> None:
         """Begin a pass, whose layers read tokens by one of the masks, of different shapes `(rows, length)`."""
-        self.passes += 1
         self._masks = masks
+        for number, mask in enumerate(masks):
+            self.tokens[number] += int(mask.sum())
         self._last: tuple[Tensor, Tensor] | None = None
 
     def take(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0]
-        mask = next((mask for mask in self._masks if mask.shape == inputs.shape[:-1]), None)
-        if mask is None and not all(bool(mask.all()) for mask in self._masks):
+        fitting = [number for number, mask in enumerate(self._masks) if mask.shape == inputs.shape[:-1]]
+        if not fitting and not all(bool(mask.all()) for mask in self._masks):
             raise ValueError(
                 f"{name} gets inputs of shape {tuple(inputs.shape)}, which are not laid out by row and token "
                 f"{tuple(self._masks[0].shape)}, so its padding cannot be left out; give data.eval_batch_size: 1"
             )
+        self.reads[name] = fitting[0] if fitting else 0
         if self._last is None or self._last[0] is not inputs:  # projections of one attention layer share their inputs
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            if mask is not None and not bool(mask.all()):
-                rows = inputs[mask.bool()]
+            mask = self._masks[self.reads[name]].bool()
+            rows = inputs.reshape(-1, inputs.shape[-1]) if bool(mask.all()) else inputs[mask]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._last = (inputs, rows.T @ rows)
         product = self._last[1]
-        read = self._masks[0] if mask is None else mask
-        self.tokens[name] = self.tokens.get(name, 0) + int(read.sum())
         if name in self.totals:
             self.totals[name] += product
         else:
