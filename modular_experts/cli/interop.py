@@ -261,8 +261,8 @@ def push(
         statistics: Push the experts' statistics too.
         dry_run: Print the card and the files, and write nothing; this needs no network.
         inputs: Push the inputs that experts keep too. Everybody who has the base's tokenizer can read them.
-        license: Licence of the experts, as the hub names it: apache-2.0, mit, other. By default that of their records,
-            or of all their parents.
+        license: Licence of the experts, as the hub names it: apache-2.0, mit, other. By default the one in their
+            records, or the one that all their parents have.
 
     Examples:
         modular-experts push --experts library/a library/b --repo owner/name --license apache-2.0 --dry-run

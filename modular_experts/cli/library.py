@@ -74,7 +74,7 @@ def verify(
     compared by its fingerprint if it is given, or if the record leads to a directory that exists.
 
     With --server, a running server proves that it answers with each expert: its log-probabilities are compared with
-    those of the base, of the expert, and of every other expert of the library. It may be this package's, vLLM or
+    what the base, the expert, and every other expert of the library compute here. It may be this package's, vLLM or
     SGLang.
 
     Args:

@@ -39,7 +39,7 @@ LEAST = 0.002
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a server answers with when an expert is asked for.
+    """What a server answers with where a request names an expert.
 
     Attributes:
         expert: Name of the expert.
@@ -182,7 +182,7 @@ def verify_server(
 ) -> list[Verdict]:
     """Ask a server for its experts, and return what it answers with for each.
 
-    It is asked for greedy answers to an expert's prompts, by the name of the expert and by the base's. Here base,
+    It asks for greedy answers to an expert's prompts, by the name of the expert and by the base's. Here base,
     expert and every other expert compute the log-probabilities of the same tokens.
 
     Args:
@@ -261,8 +261,8 @@ def _prompts_of(expert: StoredExpert, data: TaskMixture | None, base: Base, most
 
 @torch.no_grad()
 def _logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Sequence[_Answer]) -> list[Tensor]:
-    """Return for each answer `(tokens, 2)` float64: the tokens' log-probabilities, and how far they are below those
-    of the likeliest tokens.
+    """Return for each answer `(tokens, 2)` float64: the tokens' log-probabilities, and how far they are below the
+    likeliest tokens'.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     found: list[Tensor] = []

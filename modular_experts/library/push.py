@@ -178,7 +178,7 @@ def _check_routes(repository: HubRepository, entries: Sequence[CardEntry], exper
 
 
 def _license_of(expert: StoredExpert, given: str | None) -> str:
-    """Return the licence that is given, or that of the record, or that of all parents."""
+    """Return the licence that is given, or the one in the record, or the one that all parents have."""
     if given is not None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
             raise ValueError(f"license={given!r} is not as the hub names licences, such as apache-2.0, mit or other")

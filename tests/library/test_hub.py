@@ -112,7 +112,7 @@ def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path)
     for name in ("a", "b"):
         assert contents(tmp_path / "other" / name) == contents(library / name)
     there, here = (json.loads((folder / "routed/expert.json").read_text()) for folder in (tmp_path / "other", library))
-    assert there == here | {"license": "mit"}  # that of both experts behind it
+    assert there == here | {"license": "mit"}  # as both experts behind it have it
 
 
 def test_the_licence_is_given_recorded_or_that_of_all_parents(hub, library, tmp_path) -> None:
