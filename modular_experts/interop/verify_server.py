@@ -194,8 +194,8 @@ def verify_server(
         prompts: The most prompts for an expert.
         tokens: The most tokens of an answer.
         tolerance: Largest mean difference of the log-probabilities of a prompt's tokens that counts as the same, in
-            nats. If the server also answers as the base, ten times its median difference there is enough, which is
-            what rounding costs. One prompt of eight may be up to three times as far, where two tokens are as likely.
+            nats. If the server also answers as the base, ten times its median difference there is the limit, for
+            rounding. One prompt of eight may be up to three times as far, where two tokens are as likely.
         dtype: Data type of the base here.
         client: An `httpx.Client` with the server's address, for headers of your own.
         progress: Wraps the models that are computed here.

@@ -1,7 +1,7 @@
 """Learn from experts' answers to inputs of their own tasks, without labels: a merge, or one new expert.
 
-`distill` finds coefficients of a merge, the method `Distilled`. `distill_into` trains an expert on what the experts
-predict, which takes longer and keeps more.
+`distill` finds coefficients of a merge, the method `Distilled`. `distill_into` trains an expert on the experts'
+predictions, which takes longer and keeps more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -110,10 +110,10 @@ def distill_into(
     progress: Progress = iter,
     **settings: Unpack[FitSettings],
 ) -> StoredExpert:
-    """Train one expert on what many experts answer to inputs of their own tasks.
+    """Train one expert on the answers of many experts to inputs of their own tasks.
 
-    It lowers the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of its
-    answer, as knowledge distillation does (Hinton et al., arXiv 1503.02531). Training on the answers alone, as if they
+    It lowers the divergence `KL(expert || new expert)` from the prediction of a task's own expert at each token of
+    its answer, as knowledge distillation does (Hinton et al., arXiv 1503.02531). Training on the answers alone, as if they
     were labels, keeps as much and loses more on other tasks.
 
     Args:
@@ -250,7 +250,7 @@ class _Taught(Inputs):
 
 
 class _LearnPredictions(Callback):
-    """Lets a module lower the divergence from what experts predict, in place of the cross-entropy."""
+    """Lets a module lower the divergence from the experts' predictions, in place of the cross-entropy."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.batch_losses = batch_divergences  # type: ignore[assignment]

@@ -61,7 +61,7 @@ class Description:
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Entries may also be routes
             and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. {distill: LoRAExpert,
-            steps: 1000} trains one expert on what the experts predict. {shrink: int4} stores each expert in fewer bytes
+            steps: 1000} trains one expert on the experts' predictions. {shrink: int4} stores each expert in fewer bytes
             and tests it on its own task, and {route: Centroid, of: int4} chooses among these. `kinds: [sparse]` in an
             entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
