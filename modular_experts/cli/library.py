@@ -73,8 +73,8 @@ def verify(
     expert, that the experts behind it are there and are those that it was made with. The base is
     compared by its fingerprint if it is given, or if the record leads to a directory that exists.
 
-    With --server, a running server proves that it answers with each expert: the base, the expert and every other expert of
-    the library compute its log-probabilities here for comparison. It may be this package's, vLLM or SGLang.
+    With --server, a running server proves that it answers with each expert: the base, the expert and every other
+    expert of the library compute its log-probabilities here for comparison. It may be this package's, vLLM or SGLang.
 
     Args:
         expert: Directory of an expert, or of a library.

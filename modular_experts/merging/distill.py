@@ -113,8 +113,8 @@ def distill_into(
     """Train one expert on the answers of many experts to inputs of their own tasks.
 
     It lowers the divergence `KL(expert || new expert)` from the prediction of a task's own expert at each token of
-    its answer, as knowledge distillation does (Hinton et al., arXiv 1503.02531). Training on the answers alone, as if they
-    were labels, keeps as much and loses more on other tasks.
+    its answer, as knowledge distillation does (Hinton et al., arXiv 1503.02531). Training on the answers alone, as if
+    they were labels, keeps as much and loses more on other tasks.
 
     Args:
         experts: Directories of the experts, or opened ones.
