@@ -131,7 +131,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "T5 1.1, FLAN-T5": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "BART": ("bart", _BART),
     "Pegasus": ("pegasus", _BART),
-} | {family: (kind, {"text_config": text, **_TOWERS}) for family, (kind, text) in WRAPPERS.items()}
+    **{family: (kind, {"text_config": text, **_TOWERS}) for family, (kind, text) in WRAPPERS.items()},
+}
 """The model type and the settings of a tiny base of each family."""
 
 KINDS: Mapping[str, Callable[..., Any]] = {
