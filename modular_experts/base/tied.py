@@ -51,6 +51,8 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
     base combine with theirs.
     """
     target = check_target(out, overwrite, MANIFEST)
+    if base.structure.model.config.is_encoder_decoder:
+        raise ValueError(f"{base.place} has an encoder, which shares the embeddings; only causal models are untied")
     names = head_and_embeddings(base)
     layouts = read_layouts(base.directory)
     if base.quantisation or names is None or names[0] != names[1]:

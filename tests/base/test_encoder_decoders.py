@@ -167,3 +167,8 @@ def test_peft_loads_an_export_with_its_own_task_type(base, library, tmp_path) ->
 def test_a_server_refuses_an_encoder_decoder(base, library) -> None:
     with pytest.raises(ValueError, match="has an encoder, and requests are batched for causal language models alone"):
         served.opened(base, library)
+
+
+def test_shared_embeddings_are_not_untied(base, tmp_path) -> None:
+    with pytest.raises(ValueError, match="has an encoder, which shares the embeddings"):
+        Base.open(base).untie(tmp_path / "untied")
