@@ -1,5 +1,6 @@
 """The part of a model that reads text: the language model in a wrapper with a vision tower, and an encoder."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -37,23 +38,32 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def renamed(name: str, model: nn.Module, other: nn.Module) -> str:
-    """Return the name in another class of the same checkpoint of a layer or a weight, named as in a model.
+    """Return the name that a layer or a weight of a model has in another class of the same checkpoint.
 
-    They differ in what stands before the number of the block.
+    The classes hold the transformer blocks under different names.
     """
-    here, there = (f"{decoder}." if (decoder := _decoder(one)) else "" for one in (model, other))
-    return there + name.removeprefix(here) if name.startswith(here) else name
+    here, there = _decoder(model), _decoder(other)
+    # In Llama 4 the decoder is the whole causal model, which has no name in itself.
+    if here and not name.startswith(f"{here}."):
+        return name
+    inside = name.removeprefix(f"{here}.") if here else name
+    return f"{there}.{inside}" if there else inside
 
 
-def layer_of(name: str, model: nn.Module) -> str | None:
-    """Return the name in a model of a layer whose name another class of the same checkpoint may have given, if any.
+def layers_of(names: Iterable[str], model: nn.Module) -> dict[str, str | None]:
+    """Return for names of layers, which another class of the same checkpoint may have given, the names in a model.
 
-    Before the blocks stand some of the words in `_BEFORE_BLOCKS`.
+    Classes differ in the words of `_BEFORE_BLOCKS` that stand before the blocks. A name that no layer has gets None.
     """
     layers = {layer for layer, _ in model.named_modules()} - {""}
-    parts = name.split(".")
-    candidates = [name]
-    while parts[0] in _BEFORE_BLOCKS:
-        parts = parts[1:]
-        candidates += [".".join([_decoder(model), *parts]), ".".join(parts)]
-    return next((candidate for candidate in candidates if candidate in layers), None)
+    decoder = _decoder(model)
+
+    def layer_of(name: str) -> str | None:
+        parts = name.split(".")
+        candidates = [name]
+        while parts[0] in _BEFORE_BLOCKS:
+            parts = parts[1:]
+            candidates += [".".join([decoder, *parts]), ".".join(parts)]
+        return next((candidate for candidate in candidates if candidate in layers), None)
+
+    return {name: layer_of(name) for name in names}

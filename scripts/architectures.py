@@ -43,7 +43,7 @@ _LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-_TOWERS = {
+TOWERS = {
     "vision_config": {
         **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
         **{"num_hidden_layers": 2, "depth": 2, "num_heads": 4, "out_hidden_size": 32},
@@ -131,7 +131,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "T5 1.1, FLAN-T5": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "BART": ("bart", _BART),
     "Pegasus": ("pegasus", _BART),
-    **{family: (kind, {"text_config": text, **_TOWERS}) for family, (kind, text) in WRAPPERS.items()},
+    **{family: (kind, {"text_config": text, **TOWERS}) for family, (kind, text) in WRAPPERS.items()},
 }
 """The model type and the settings of a tiny base of each family."""
 

@@ -187,8 +187,7 @@ class Base:
         """The whole model of its files without its numbers, if `load` takes the language model out of them."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
-        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
-        if self.structure.architecture in (config.get("architectures") or [self.structure.architecture]):
+        if self.structure.architecture in (self._config.get("architectures") or [self.structure.architecture]):
             return None
         with quiet_transformers(), torch.device("meta"):
             whole = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
@@ -202,8 +201,7 @@ class Base:
     @cached_property
     def quantisation(self) -> Record | None:
         """Settings of the quantiser if its files hold quantised weights, else None."""
-        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
-        return config.get("quantization_config")
+        return self._config.get("quantization_config")
 
     def quantised_facts(self, dtype: DType) -> Record:
         """Return how the loaded base is quantised, by the key `quantised` of a record, or nothing."""
@@ -339,6 +337,10 @@ class Base:
         return next((key for key, weight in self._stored.items() if weight == owner), None)
 
     @cached_property
+    def _config(self) -> Record:
+        return read_json(self.directory / "config.json", "so it is not the directory of a model")
+
+    @cached_property
     def _files(self) -> dict[str, Path]:
         return {key: file for file, layout in read_layouts(self.directory).items() for key in layout}
 
@@ -442,7 +444,7 @@ class Base:
         for name, delta in stream:
             if model is not None:
                 _add(delta, weights[name], kind)
-        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+        config = dict(self._config)
         if dtype:
             config.pop("torch_dtype", None)  # the older name of the same key
             config["dtype"] = dtype

@@ -127,7 +127,7 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
     """
     advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
     directory = found_or_fetched("base", str(place), revision, _FILES, advice, local_only)
-    auto_class(directory)
+    auto_class(directory)  # which refuses other models
     weight_files(directory)
     return directory
 

@@ -17,6 +17,7 @@ from modular_experts.library import Library, StoredExpert, is_adapter, open_expe
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
+from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_text, depth_of, in_any_block, score_text
 
 
@@ -84,7 +85,6 @@ def verify(
         dtype: Data type of the base that the server is compared with.
 
     Examples:
-        modular-experts verify library/ab
         modular-experts verify library
         modular-experts verify library --server http://localhost:8000
     """
@@ -96,6 +96,8 @@ def verify(
     )
     if server:
         return _verify_served(place, alone, server, base, tasks, dtype)
+    if tasks or dtype != "float32":
+        raise UsageError("--tasks and --dtype are for --server, which compares a server's answers; give its address")
     if alone:
         print(f"{expert}: {_verified(open_expert(expert, base), base)}")
         return
@@ -131,10 +133,13 @@ def _verify_served(
     verdicts = verify_server(server, asked, others, data, base, dtype=dtype, progress=bar)
     for verdict in verdicts:
         print(verdict)
-    failed = [verdict.expert for verdict in verdicts if verdict.finding != "acts"]
-    if failed:
-        raise ValueError(f"of {counted(len(verdicts), 'expert')} these do not act: {', '.join(failed)}")
-    print(f"{server}: all {counted(len(verdicts), 'expert')} act")
+    # A server may have a part of the library; an expert that the user names must be there.
+    required = [verdict for verdict in verdicts if alone or verdict.finding != "absent"]
+    if not required:
+        raise ValueError(f"{server} serves no expert of {place}; start it with them")
+    if failed := [verdict.expert for verdict in required if verdict.finding != "acts"]:
+        raise ValueError(f"of {counted(len(required), 'expert')} these do not act: {', '.join(failed)}")
+    print(f"{server}: {counted(len(required), 'expert')} asked for, and each acts")
 
 
 def _verified(expert: StoredExpert, base: str | None) -> str:

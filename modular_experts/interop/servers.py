@@ -79,8 +79,9 @@ def export_for(
         write = write_gguf if server == "llama.cpp" else None
         # vLLM and SGLang load the class that the checkpoint names, and ignore layers by other names without a word.
         wrapper = opened_base.wrapper is not None
-        how = (tolerance, overwrite, progress, write, wrapper)
-        written[expert.name] = export(expert, target, format, None, opened_base, *how)
+        written[expert.name] = export(
+            expert, target, format, None, opened_base, tolerance, overwrite, progress, write, wrapper
+        )
     return ServedAdapters(written, _start(server, shlex.quote(opened_base.place), written, places))
 
 

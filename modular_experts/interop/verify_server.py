@@ -4,12 +4,14 @@ Adapters load and change nothing where names do not fit, and a server may answer
 Its text does not show that; the log-probabilities of its own tokens do.
 """
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,14 +41,14 @@ LEAST = 0.002
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a server answers with where a request names an expert.
+    """The model that gives a server's answers where a request names an expert.
 
     Attributes:
         expert: Name of the expert.
         finding: `acts`; `base`, the base alone; `other`, another expert; `unclear`, because the expert has the
             log-probabilities of the base or of another expert; `differs` from all that was computed; `other base`, as
             the server's base has not the log-probabilities of the experts' base; `absent`, not served.
-        nearest: What fits best: the expert, `base`, or another expert; empty if it is absent.
+        nearest: The expert, `base` or the other expert that fits best; empty if it is absent.
         distances: For `base` and each expert the mean difference of a log-probability, in nats.
         share: How far the server's log-probabilities are from the base's towards the expert's: 0 is the base, 1 the
             expert.
@@ -110,7 +112,9 @@ class _Server:
 
     def id_of(self, expert: str) -> str | None:
         """Return how requests name an expert; SGLang has `BASE:expert`."""
-        return next((id for id in self.models if id == expert or id.endswith(f":{expert}")), None)
+        if expert in self.models:
+            return expert
+        return next((id for id in self.models if id.endswith(f":{expert}")), None)
 
     def base(self, experts: Sequence[str], place: str) -> str | None:
         """Return how requests name the base, if that is known."""
@@ -121,25 +125,25 @@ class _Server:
 
     def answer(self, model: str, prompt: Tensor, most: int) -> _Answer:
         body = {"model": model, "prompt": prompt.tolist(), "max_tokens": most, "temperature": 0, "logprobs": 1}
-        (choice,) = self._asked("POST", "completions", body | {"return_tokens_as_token_ids": True})["choices"]
-        told = choice.get("logprobs") or {}
-        if told.get("tokens") is None:
-            raise ValueError(f"the server gives no log-probabilities for {model}; start it so that it does")
-        tokens: list[int] = []
-        for token in told["tokens"]:
-            id = self._id(token)
-            if id is None:
-                break
-            tokens.append(id)
-        if not told["tokens"]:
+        told = self._asked("POST", "completions", body | {"return_tokens_as_token_ids": True})
+        try:
+            named = told["choices"][0]["logprobs"]["tokens"]
+            logprobs = torch.tensor(told["choices"][0]["logprobs"]["token_logprobs"], dtype=torch.float64)
+            tokens = [self._id(token) for token in named]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"the server gives no log-probabilities for {model}; start it so that it does") from None
+        if not tokens:
             # The server ended the answer at once, and does not tell with which probability.
             return _Answer(prompt, [self._tokenizer.eos_token_id], torch.full((1,), torch.nan, dtype=torch.float64))
-        return _Answer(prompt, tokens, torch.tensor(told["token_logprobs"][: len(tokens)], dtype=torch.float64))
+        # Nothing is known behind a token that has no id here.
+        known = list(itertools.takewhile(lambda id: id is not None, tokens))
+        return _Answer(prompt, cast(list[int], known), logprobs[: len(known)])
 
     def _id(self, token: str) -> int | None:
-        """Return the id of a token; None if several tokens have its text."""
+        """Return the id of a token; None if the tokenizer has no such token, or several of its text."""
         if token.startswith("token_id:"):
-            return int(token.removeprefix("token_id:"))
+            id = int(token.removeprefix("token_id:"))
+            return id if 0 <= id < len(self._tokenizer) else None
         ids = self._ids.get(token, [])
         return ids[0] if len(ids) == 1 else None
 
@@ -180,10 +184,10 @@ def verify_server(
     client: "Client | None" = None,
     progress: Progress = iter,
 ) -> list[Verdict]:
-    """Ask a server for its experts, and return what it answers with for each.
+    """Ask a server for answers of experts, and find out for each which model gives them.
 
-    It asks for greedy answers to an expert's prompts, by the name of the expert and by the base's. Here base,
-    expert and every other expert compute the log-probabilities of the same tokens.
+    The server answers an expert's prompts greedily, once by the name of the expert and once by the base's. The base,
+    the expert and every other expert then compute here the log-probabilities of the same tokens.
 
     Args:
         url: Address of the server, such as `http://localhost:8000`.
@@ -197,22 +201,25 @@ def verify_server(
             nats. If the server also answers as the base, ten times its median difference there is the limit, for
             rounding. One prompt of eight may be up to three times as far, where two tokens are as likely.
         dtype: Data type of the base here.
-        client: An `httpx.Client` with the server's address, for headers of your own.
+        client: An `httpx.Client` with the server's address, for headers of your own; by default the key in
+            `MODULAR_EXPERTS_API_KEY` is sent, if there is one.
         progress: Wraps the models that are computed here.
 
     Raises:
         ImportError: httpx is not installed.
-        ValueError: No server answers, or it gives no log-probabilities; an expert has no inputs.
+        ValueError: No server answers, or it gives no log-probabilities; an expert has no inputs, or is called `base`.
     """
-    opened = Base.open(base, [*experts, *others])
+    everyone = [*experts, *others]
+    if "base" in [expert.name for expert in everyone]:
+        raise ValueError("an expert is called base, as servers call the base; give it another name")
+    opened = Base.open(base, everyone)
     tokenizer = opened.tokenizer()
-    model = opened.load(dtype).to(device())  # type: ignore[arg-type]
-    longest = context_length(model)
+    longest = context_length(opened.structure.model)
     asked: dict[str, list[_Answer]] = {}
     of_base: list[_Answer] = []
     with ExitStack() as stack:
         server = _Server(client or stack.enter_context(_client(url)), tokenizer)
-        base_id = server.base([expert.name for expert in [*experts, *others]], opened.place)
+        base_id = server.base([expert.name for expert in everyone], opened.place)
         for expert in experts:
             id = server.id_of(expert.name)
             if id is None:
@@ -221,24 +228,27 @@ def verify_server(
             for prompt in _prompts_of(expert, data, opened, prompts):
                 kept = prompt if longest is None else fitted(prompt, tokens, longest)
                 # The base comes first: a cache of prefixes that forgets the expert gives the base's keys and values.
-                if base_id is not None:
+                if base_id:
                     of_base.append(server.answer(base_id, kept, tokens))
                 answers.append(server.answer(id, kept, tokens))
+    model = opened.load(dtype).to(device())  # type: ignore[arg-type]
     expected: dict[str, dict[str, list[Tensor]]] = {name: {} for name in asked}
     rounding = LEAST / 10
     limit = tolerance
-    for candidate in progress(Counted([None, *experts, *others], "models")):
+    for candidate in progress(Counted([None, *everyone], "models")):
         with attached(model, [candidate] if candidate else []):
             for name, answers in asked.items():
                 expected[name][candidate.name if candidate else "base"] = _logprobs(model, tokenizer, answers)
-            if candidate is None and of_base:
-                rounding = median(_gaps(of_base, _logprobs(model, tokenizer, of_base)))
+            if candidate is None and (gaps := _gaps(of_base, _logprobs(model, tokenizer, of_base))):
+                rounding = median(gaps)
                 limit = min(tolerance, max(LEAST, 10 * rounding))
-    is_other_base = rounding > tolerance
-    return [
-        _verdict(name, asked[name], expected[name], limit, is_other_base) if name in asked else Verdict(name, "absent")
-        for name in (expert.name for expert in experts)
-    ]
+    verdicts: list[Verdict] = []
+    for expert in experts:
+        if answers := asked.get(expert.name, []):
+            verdicts.append(_verdict(expert.name, answers, expected[expert.name], limit, rounding > tolerance))
+        else:
+            verdicts.append(Verdict(expert.name, "absent"))
+    return verdicts
 
 
 def _client(url: str) -> "Client":
@@ -246,7 +256,12 @@ def _client(url: str) -> "Client":
         import httpx
     except ImportError as error:
         raise ImportError("a server is asked with httpx: pip install 'modular-experts[serve]'") from error
-    return httpx.Client(base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1/", timeout=120)
+    key = os.environ.get("MODULAR_EXPERTS_API_KEY")
+    return httpx.Client(
+        base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1/",
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=120,
+    )
 
 
 def _prompts_of(expert: StoredExpert, data: TaskMixture | None, base: Base, most: int) -> list[Tensor]:
@@ -256,6 +271,8 @@ def _prompts_of(expert: StoredExpert, data: TaskMixture | None, base: Base, most
     # Without rows of the expert's own tasks, any rows tell experts apart, if they move enough there.
     own = [task for task in by_task if task in expert.record["tasks"]]
     rows = [example for task in own or by_task for example in by_task[task]]
+    if not rows:
+        raise ValueError(f"there are no test rows to ask {expert.name}; give tasks that have some")
     return [row.tokens.ids[: row.tokens.prompt] for row in spread_evenly(rows, most)]
 
 
@@ -311,10 +328,14 @@ def _verdict(
     share = float((served - base)[told] @ way[told] / (way[told] @ way[told]).clamp(min=1e-12))
     fitting = [candidate for candidate, own in gaps.items() if _fit(own, limit)]
     nearest = min(fitting or distances, key=lambda candidate: (distances[candidate], candidate != name))
-    # What is not twice as far is as near, for all that can be known.
+    # The distances cannot tell two candidates apart if one is not twice as far as the other.
     rivals = [candidate for candidate in fitting if distances[candidate] <= 2 * distances[nearest] + 1e-4]
     finding: Finding
-    if is_other_base:
+    if not gaps[name]:
+        # No token of the answers has a known id.
+        finding = "unclear"
+        nearest = "base"
+    elif is_other_base:
         finding = "other base"
     elif name in rivals and len(rivals) > 1:
         finding = "unclear"

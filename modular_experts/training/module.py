@@ -193,7 +193,7 @@ class ExpertModule(EvaluatedModule):
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
         self._logged: dict[str, Tensor] = {}
-        self._has_gone_back = False
+        self._gradients_checked = False
         self.preferences = loss
         self._start: dict[str, Tensor] = {}
 
@@ -356,7 +356,7 @@ class ExpertModule(EvaluatedModule):
         """Let experts prepare, log what is trained, and start from the same supports on every rank."""
         self.model.train()
         self._packs_evaluation = None
-        self._has_gone_back = False
+        self._gradients_checked = False
         if self.learning_rate is not None and set(checkpoints.peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
@@ -423,9 +423,9 @@ class ExpertModule(EvaluatedModule):
 
     def on_after_backward(self) -> None:
         """Tell after the first pass of a fit which experts cannot learn, such as one of a wrapper's vision tower."""
-        if self._has_gone_back:
+        if self._gradients_checked:
             return
-        self._has_gone_back = True
+        self._gradients_checked = True
         without = []
         for name, layer in expert_layers(self.model):
             trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]

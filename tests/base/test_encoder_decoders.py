@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from architectures import FAMILIES
 from conftest import SIZES, build_tokenizer
 from testbed import served
 from testbed.peft_adapters import PEFT_WARNINGS
@@ -20,17 +21,12 @@ from modular_experts.routing.centroid import Centroid
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-KINDS = {
-    "t5": {"d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0},
-    "bart": {
-        **{"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
-        **{"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 256, "decoder_start_token_id": 1},
-    },
-}
+KINDS = ("t5", "bart")
 
 
 def build(kind, place):
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **KINDS[kind], d_model=32)
+    _, sizes = FAMILIES[kind.upper()]
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, **SIZES})
     torch.manual_seed(0)
     transformers.AutoModelForSeq2SeqLM.from_config(config).eval().save_pretrained(place)
     tokenizer = build_tokenizer()
@@ -41,7 +37,7 @@ def build(kind, place):
     return place
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=KINDS)
 def base(request, tmp_path_factory):
     return build(request.param, tmp_path_factory.mktemp("encoder-decoder") / "base")
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import WRAPPERS
+from architectures import TOWERS, WRAPPERS
 from conftest import SIZES, build_tokenizer
 from testbed import served
 from testbed.peft_adapters import PEFT_WARNINGS
@@ -21,7 +21,7 @@ from modular_experts.base.apply import applied
 from modular_experts.injection import find_sites, inject
 from modular_experts.interop.peft import export
 from modular_experts.interop.servers import export_for
-from modular_experts.language_model import language_model, layer_of
+from modular_experts.language_model import language_model, layers_of
 from modular_experts.routing.centroid import Centroid
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
@@ -34,10 +34,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 
 def write_wrapper(family, place, **changes):
     kind, text = WRAPPERS[family]
-    towers = {"vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "depth": 2}}
-    towers["vision_config"] |= {"num_hidden_layers": 2, "num_heads": 4, "image_size": 28, "patch_size": 14}
-    towers["vision_config"] |= {"out_hidden_size": 32}
-    config = transformers.AutoConfig.for_model(kind, text_config={**text, **SIZES, **changes}, **towers)
+    config = transformers.AutoConfig.for_model(kind, text_config={**text, **SIZES, **changes}, **TOWERS)
     torch.manual_seed(0)
     transformers.AutoModelForImageTextToText.from_config(config).eval().save_pretrained(place)
     build_tokenizer().save_pretrained(place)
@@ -128,10 +125,14 @@ def test_a_base_that_is_loaded_whole_has_no_other_names(tmp_path, tiny_llama_dir
 def test_a_layer_of_a_tower_is_never_taken_for_one_of_the_language_model(tmp_path) -> None:
     model = Base.open(write_wrapper("Gemma 3 with vision", tmp_path / "base")).structure.model
     proper = "model.language_model.layers.0.self_attn.q_proj"
-    for name in (proper, "model.layers.0.self_attn.q_proj", "language_model.model.layers.0.self_attn.q_proj"):
-        assert layer_of(name, model) == proper
-    assert layer_of("model.vision.layers.0.self_attn.q_proj", model) is None
-    assert layer_of("language_model.lm_head", model) == "lm_head"
+    known = {
+        proper: proper,
+        "model.layers.0.self_attn.q_proj": proper,
+        "language_model.model.layers.0.self_attn.q_proj": proper,
+        "language_model.lm_head": "lm_head",
+        "model.vision.layers.0.self_attn.q_proj": None,
+    }
+    assert layers_of(known, model) == known
 
 
 @pytest.mark.parametrize("family", ["Gemma 3 with vision", "SmolVLM", "Mistral 3"])

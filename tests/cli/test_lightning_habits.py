@@ -367,7 +367,7 @@ def test_the_rate_falls_where_a_monitored_number_stays(files, caplog) -> None:
         "--lr_scheduler.threshold_mode",
         "abs",
     ]
-    words += ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--trainer.limit_train_batches", "1", "--steps", "4"]
+    words += ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--data.batch_size", "12", "--steps", "4"]
     assert main(["fit", *files["run"], *words, "--trainer.callbacks+=LearningRateMonitor"]) == 0
     (metrics,) = Path("runs").rglob("metrics.csv")
     rates = [row["lr-SGD"] for row in csv.DictReader(metrics.open()) if row["lr-SGD"]]

@@ -10,6 +10,7 @@ from conftest import build_model
 from testbed import served
 from transformers import DynamicCache
 
+from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
@@ -125,3 +126,43 @@ def test_a_sound_server_passes_whatever_it_rounds_to(dtype, tiny_llama_dir, libr
     found = verdicts(tiny_llama_dir, library, data, Server(tiny_llama_dir, library, None, 0, dtype))
     assert {verdict.finding for verdict in found.values()} == {"acts"}, [*map(str, found.values())]
     assert all(verdict.share == pytest.approx(1, abs=0.1) for verdict in found.values())
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, {}, {"tokens": ["token_id:5"]}, {"tokens": ["token_id:x"], "token_logprobs": [0.0]}, {"tokens": 5}],
+)
+def test_a_server_without_log_probabilities_is_refused(logprobs, tiny_llama_dir, library, data) -> None:
+    server = Server(tiny_llama_dir, library, None, 0)
+    answer = httpx.Response(200, json={"choices": [{"logprobs": logprobs}]})
+    client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: server(request) if request.method == "GET" else answer),
+        base_url="http://server/v1/",
+    )
+    with pytest.raises(ValueError, match="the server gives no log-probabilities for base; start it so that it does"):
+        verify_server("", [open_expert(library / "a")], data=data, client=client)
+
+
+def test_tokens_that_have_no_id_here_prove_nothing(tiny_llama_dir, library, data) -> None:
+    server = Server(tiny_llama_dir, library, None, 0)
+    strange = {"tokens": ["token_id:1000000"], "token_logprobs": [0.0]}
+    answer = httpx.Response(200, json={"choices": [{"logprobs": strange}]})
+    client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: server(request) if request.method == "GET" else answer),
+        base_url="http://server/v1/",
+    )
+    (found,) = verify_server("", [open_expert(library / "a")], data=data, client=client)
+    assert found.finding == "unclear"
+
+
+def test_an_expert_called_base_and_experts_without_inputs_are_refused(tiny_llama_dir, library, tmp_path) -> None:
+    served.write(tiny_llama_dir, tmp_path / "base", "lora", 0)
+    with pytest.raises(ValueError, match="an expert is called base, as servers call the base"):
+        verify_server("", [open_expert(tmp_path / "base")])
+    with pytest.raises(ValueError, match="1 of 1 experts keep no inputs"):
+        verify_server("", [open_expert(library / "a")], client=Server(tiny_llama_dir, library, None, 0).client)
+
+
+def test_options_of_a_server_need_one(library, capsys) -> None:
+    assert main(["verify", str(library), "--tasks", "rows.jsonl"]) == 2
+    assert "--tasks and --dtype are for --server" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_verify_finds_each_expert_in_the_running_server_and_one_that_is_another(
 ) -> None:
     asked = ["--server", server.address, "--tasks", str(task_files["upper"])]
     assert main(["verify", str(library), *asked]) == 0
-    assert "all 6 experts act" in capsys.readouterr().out
+    assert "6 experts asked for, and each acts" in capsys.readouterr().out
     shutil.copytree(library, tmp_path / "library")
     shutil.rmtree(tmp_path / "library" / "lora")
     served.write(tiny_llama_dir, tmp_path / "library" / "lora", "lora", 77)
@@ -72,6 +72,19 @@ def test_verify_finds_each_expert_in_the_running_server_and_one_that_is_another(
     told = capsys.readouterr()
     assert re.search(r"^lora is nothing of this library", told.out, re.M)
     assert "of 1 expert these do not act: lora" in told.err
+
+
+def test_verify_passes_over_experts_that_the_server_does_not_list_unless_one_is_named(
+    library, server, tiny_llama_dir, task_files, tmp_path, capsys
+) -> None:
+    asked = ["--server", server.address, "--tasks", str(task_files["upper"])]
+    shutil.copytree(library / "lora", tmp_path / "library" / "lora")
+    served.write(tiny_llama_dir, tmp_path / "library" / "new", "lora", 78)
+    assert main(["verify", str(tmp_path / "library"), *asked]) == 0
+    out = capsys.readouterr().out
+    assert "new is not served" in out
+    assert "1 expert asked for, and each acts" in out
+    assert main(["verify", str(tmp_path / "library" / "new"), *asked]) == 1
 
 
 def test_verify_says_that_no_server_is_there(library, capsys) -> None:

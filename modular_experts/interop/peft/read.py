@@ -13,7 +13,7 @@ from modular_experts.deltas import LowRank
 from modular_experts.interop.full_checkpoint import ImportedAdapter
 from modular_experts.interop.peft.asked import ask_peft
 from modular_experts.interop.peft.files import LORA_TENSORS, AdapterFiles
-from modular_experts.language_model import layer_of
+from modular_experts.language_model import layers_of
 from modular_experts.text import did_you_mean
 
 
@@ -45,7 +45,7 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
     tensors = files.tensors
     endings = rf"\.({'|'.join(map(re.escape, LORA_TENSORS))})$"
     names = sorted({re.sub(endings, "", key) for key in tensors})
-    layers = {name: layer_of(name, structure.model) for name in names}
+    layers = layers_of(names, structure.model)
     if strangers := [name for name, layer in layers.items() if layer is None]:
         modules = {name for name, _ in structure.model.named_modules()} - {""}
         shown = ", ".join(strangers[:4]) + (f" and {len(strangers) - 4} more" if len(strangers) > 4 else "")
