@@ -24,6 +24,16 @@ def prompt_reader(model: Any) -> nn.Module:
     return model.get_encoder() if is_encoder_decoder and hasattr(model, "get_encoder") else model
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Return whether a model classifies prompts by task heads (`base/classifier.py`), and writes no text."""
+    return hasattr(model, "head_place")
+
+
+def reads_prompts_apart(model: nn.Module) -> bool:
+    """Return whether a model reads a prompt without the answer behind it: an encoder-decoder, or a classifier."""
+    return is_classifier(model) or prompt_reader(model) is not model
+
+
 def _decoder(model: Any) -> str:
     """Return the name of the module that holds the transformer blocks."""
     decoder = model.get_decoder()

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from copy import copy
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from modular_experts.library import (
 )
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.library.expert import stored_experts_of
+from modular_experts.library.state import is_of_task_head
 from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def apply(
     """
     check_target(out, overwrite, MANIFEST)
     opened = open_experts(experts, base=base)
+    if any(is_of_task_head(name) for expert in opened for name in expert.state_names):
+        log.warning("the checkpoint has no task heads: they stay with the experts, in the library")
     parents = as_parents(opened)
     return Base.open(base, opened, revision).write(
         Sum(opened),
@@ -121,12 +124,14 @@ def moved_quantised(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) ->
 class Applied:
     """Experts that are added to a model until `remove`, or until the end of a `with` block.
 
-    Remove the last of several on one model first: each brings back the weights that it found.
+    Remove the last of several on one model first: each brings back the weights that it found. `after_removal` is closed
+    by `remove`.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
         self._model = model
         self._before = dict(before)
+        self.after_removal = ExitStack()
         # The model's own attribute, so that both are freed together and a copy of the model knows what it holds.
         model.__dict__.setdefault(_IN_PLACE, []).append(self)
 
@@ -148,6 +153,7 @@ class Applied:
         standing.pop()
         if not standing:
             del self._model.__dict__[_IN_PLACE]
+        self.after_removal.close()
 
     def __enter__(self) -> "Applied":
         return self

@@ -33,6 +33,7 @@ from modular_experts.base.tied import untie, untied_from
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.language_model import is_classifier, reads_prompts_apart
 from modular_experts.library import StoredExpert, check_fingerprint, check_target, new_directory
 from modular_experts.library.record import Facts, Record, package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
@@ -187,6 +188,8 @@ class Base:
         """The whole model of its files without its numbers, if `load` takes the language model out of them."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        if is_classifier(self.structure.model):
+            return None
         if self.structure.architecture in (self._config.get("architectures") or [self.structure.architecture]):
             return None
         with quiet_transformers(), torch.device("meta"):
@@ -241,6 +244,8 @@ class Base:
                 f"shape: {', '.join(absent[:4])}{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}"
             )
         keep_order(model)
+        if is_classifier(model) and model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer().pad_token_id
         return model
 
     def check_loaded(self, model: nn.Module) -> None:
@@ -272,7 +277,13 @@ class Base:
                 f"{self.directory} has no tokenizer, such as tokenizer.json; copy the tokenizer's files into it"
             )
         tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        model = self.structure.model
+        # An encoder was trained with the special tokens that its tokenizer adds to a text.
+        tokenizer.adds_to_prompts = reads_prompts_apart(model)
+        tokenizer.classifies = is_classifier(model)
         eos = tokenizer.eos_token
+        if tokenizer.classifies and tokenizer.pad_token_id is not None:
+            return tokenizer
         if eos is None:
             raise ValueError(
                 f"the tokenizer in {self.directory} has no eos_token (end of sequence); add it in tokenizer_config.json"
@@ -281,8 +292,6 @@ class Base:
             known = tokenizer.get_vocab()
             usual = (token for token in (*_PAD_TOKENS, tokenizer.unk_token) if token in known and token != eos)
             tokenizer.pad_token = next(usual, eos)
-        # An encoder was trained with the special tokens that its tokenizer adds to a text.
-        tokenizer.adds_to_prompts = self.structure.model.config.is_encoder_decoder
         return tokenizer
 
     def weight(self, name: str) -> Tensor:

@@ -187,8 +187,8 @@ class EncoderInputs(NamedTuple):
     labelled: Tensor
 
 
-def encoder_inputs(batch: Batch, start: int) -> EncoderInputs:
-    """Divide a padded batch between encoder and decoder, which begins with the token `start`."""
+def encoder_inputs(batch: Batch, start: int, pad: int = 0) -> EncoderInputs:
+    """Divide a padded batch between encoder, padded with `pad`, and decoder, which begins with the token `start`."""
     labels = batch["labels"]
     mask = batch["attention_mask"]
     prompt = (labels != IGNORED).cumsum(1).eq(0) & mask.bool()
@@ -201,7 +201,8 @@ def encoder_inputs(batch: Batch, start: int) -> EncoderInputs:
     follows = steps < answers
     labelled = (labels.gather(1, places) != IGNORED) & follows
     decoder_ids = torch.cat([torch.full_like(following[:, :1], start), following[:, :-1]], 1)
-    ids = batch["input_ids"][:, :longest]
+    # The number of a class would lie outside of the embeddings.
+    ids = batch["input_ids"][:, :longest].masked_fill(~prompt[:, :longest], pad)
     return EncoderInputs(ids, prompt[:, :longest].long(), decoder_ids, follows.long(), labelled)
 
 
@@ -297,6 +298,11 @@ class DataSource:
     @property
     def roles(self) -> Mapping[str, str]:
         """Each task's role, `held_in` or `held_out`, by name; scores and records name these tasks."""
+        return {}
+
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """The classes of each held-in task, for a base that classifies."""
         return {}
 
     @property

@@ -226,6 +226,11 @@ def adds_to_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return getattr(tokenizer, "adds_to_prompts", False)
 
 
+def classifies(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a base answers with one of the classes of a task."""
+    return getattr(tokenizer, "classifies", False)
+
+
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> PromptReading:
     """Return a prompt as a model reads it, with `chat` as the chat template makes it."""
     ends = ends_of_answers(tokenizer, chat)
@@ -237,7 +242,8 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
             prompt = prompt_text(tokenizer, messages)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    ids = list(tokenizer(prompt, add_special_tokens=adds_to_prompts(tokenizer))["input_ids"])
+    how = {"add_special_tokens": adds_to_prompts(tokenizer), "truncation": classifies(tokenizer)}
+    ids = list(tokenizer(prompt, **how)["input_ids"])
     if not ids:
         raise ValueError("the prompt is empty for the model: the chat template or the tokenizer leaves nothing of it")
     return PromptReading(ids, ends, chat)

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens, fitted
-from modular_experts.data.chat import ConversationTokenizer, adds_to_prompts, prompt_text
+from modular_experts.data.chat import ConversationTokenizer, adds_to_prompts, classifies, prompt_text
 from modular_experts.data.demonstrations import as_turns, behind_turns
 from modular_experts.data.rows import Row
+from modular_experts.injection.task_heads import class_number
 
 
 class RowTokenizer:
@@ -35,7 +36,7 @@ class RowTokenizer:
         context: int | None = None,
         learns_choices: bool = False,
     ) -> None:
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None and not classifies(tokenizer):
             raise ValueError("the tokenizer has no end-of-sequence token to end a target; set tokenizer.eos_token")
         if chat_template and tokenizer.chat_template is None:
             raise ValueError("chat_template is set, but the tokenizer has no chat template (tokenizer.chat_template)")
@@ -43,6 +44,9 @@ class RowTokenizer:
         self.chat_template = chat_template
         self.learns_choices = learns_choices
         self.longest = max_length if context is None else min(max_length, context)
+        if classifies(tokenizer):
+            # RoBERTa has positions that no token takes.
+            self.longest = min(self.longest, tokenizer.model_max_length)
         self.limit = f"max_length={max_length}"
         """What bounds the tokens of a row, for sentences."""
         self._filled = f"{self.limit}; raise it"
@@ -89,11 +93,11 @@ class RowTokenizer:
                 target = []
             answers = [target, *choices]
             most = max(map(len, answers))
-            if not prompt or len(target) == 1:
+            if not prompt or (len(target) == 1 and not classifies(self.tokenizer)):
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
             # Every choice gets the same prompt, so that their scores can be compared.
-            kept = fitted(prompt, most, self.longest)
+            kept = self._fitted(prompt, most, row.input)
             if not kept:
                 problems.append(f"{row.where}: the target or a choice fills {self._filled}")
                 continue
@@ -104,6 +108,12 @@ class RowTokenizer:
             example = Example(task, row.input, row.target, tokens, tuple(others), correct_of(row), end, len(examples))
             examples.append(replace(example, shots=len(own)))
         return examples, cut, problems
+
+    def _fitted(self, prompt: list[int], answer: int, text: str) -> list[int]:
+        """Return a prompt that leaves room for an answer: the end of it, and for an encoder the start of its text."""
+        if classifies(self.tokenizer) and len(prompt) + answer > self.longest:
+            return self.tokenizer(text, truncation=True, max_length=self.longest - answer)["input_ids"]
+        return fitted(prompt, answer, self.longest)
 
     def _texts(self, rows: Sequence[Row], demonstrations: Sequence[Sequence[Row]] = ()) -> list[str]:
         """Return the text that asks for the answer to each row; a chat template has demonstrations as turns before."""
@@ -141,7 +151,12 @@ class RowTokenizer:
         ]
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """Return the tokens of each prompt's targets, with end-of-sequence, all made in one call of the tokenizer."""
+        """Return the tokens of each prompt's targets, with end-of-sequence, all made in one call of the tokenizer.
+
+        For a classifier, a target is the number of a class.
+        """
+        if classifies(self.tokenizer):
+            return [[[class_number(target)] for target in own_targets] for own_targets in targets]
         texts = [
             as_continuation(prompt, target)
             for prompt, own_targets in zip(prompts, targets, strict=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import DataSource, Example
-from modular_experts.data.chat import template_hash
+from modular_experts.data.chat import classifies, template_hash
 from modular_experts.data.demonstrations import drawn, labels_of
 from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import SPLITS, Message, Row, content_hash, raise_for_bad_rows, spread_evenly
@@ -362,7 +362,8 @@ class TokenisedTasks(DataSource):
                 self._log_shots(name, kind, [example.shots for example in examples], tokenize.limit)
             if cut:
                 which = f"{cut} of {len(own)} {kind} rows are longer than {tokenize.limit}"
-                self._log(f"{name}: {which} and lost their start", logging.WARNING)
+                side = "end" if classifies(tokenize.tokenizer) else "start"
+                self._log(f"{name}: {which} and lost their {side}", logging.WARNING)
             if not bad:
                 self._examples[key] = TaskExamples(examples, cut)
         raise_for_bad_rows(problems)
@@ -370,6 +371,13 @@ class TokenisedTasks(DataSource):
     def training_rows(self, task: str) -> list[Row]:
         """Return the training rows of a task that have a target, whatever its role."""
         return [row for row in self._read()[task].rows if row.split == "train" and row.target is not None]
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """The targets of all rows of each held-in task, sorted: the classes that a classifier learns."""
+        held_in = [task.name for task in self.tasks if task.held_in]
+        rows = self._read()
+        return {name: sorted({row.target for row in rows[name].rows if row.target is not None}) for name in held_in}
 
     def demonstrations(self, task: str, rows: Sequence[Row]) -> list[list[Row]]:
         """Return the training rows that stand before each of a task's rows; an empty list without `shots`."""

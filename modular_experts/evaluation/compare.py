@@ -27,6 +27,8 @@ from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.metrics import Metrics, TextMetric, named_metrics, text_metrics
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
+from modular_experts.injection.task_heads import check_task_heads
+from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.places import check_free
@@ -141,7 +143,7 @@ def _scores(
     examples: Sequence[Example] = data.test_dataloader().dataset.examples  # type: ignore[attr-defined]
     loaded = base.load(dtype)
     tokenizer = data.take_tokenizer(base)
-    same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
+    same: tuple[object, ...] = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
     about_texts = [texts.digest] if texts else []
     functions = text_metrics(metrics)
     keys = {model.title: (result_key(*same, model.hashes, *about_texts),) for model in models}
@@ -156,6 +158,11 @@ def _scores(
             yield batch
             rows += len(batch["task"])
 
+    heads = {expert.content_hash: expert for model in models for expert in model.stored}
+    # A model without a head for a task takes that of another.
+    lent = list(heads.values()) if is_classifier(loaded) else []
+    if is_classifier(loaded):
+        check_task_heads(lent, list(data.roles))
     for model in new:
         model.check(loaded)
     scores: dict[str, Facts] = {}
@@ -164,7 +171,7 @@ def _scores(
         if keys[title] in known:
             scores[title] = known[keys[title]]
             continue
-        with model.in_place(loaded, dtype) as whole:
+        with model.in_place(loaded, dtype, lent) as whole:
             data.fit_context(context_length(whole))
             batches = counted(title)
             scores[title] = measure(
@@ -230,11 +237,16 @@ class Compared:
             pass
 
     @contextmanager
-    def in_place(self, model: PreTrainedModel, dtype: DType) -> Iterator[PreTrainedModel]:
-        """Yield the loaded base with the experts in place, or the checkpoint, on the device."""
+    def in_place(
+        self, model: PreTrainedModel, dtype: DType, heads: Sequence[StoredExpert] = ()
+    ) -> Iterator[PreTrainedModel]:
+        """Yield the loaded base with the experts in place, or the checkpoint, on the device.
+
+        A classifier takes task heads that are missing from the experts `heads`.
+        """
         whole = self.checkpoint.load(dtype) if self.checkpoint else model
         # Deltas are added on the CPU, as `apply` adds them.
-        with attached(whole, self.experts, check=False):
+        with attached(whole, self.experts, check=False, heads=heads):
             whole.to(device())  # type: ignore[arg-type]
             yield whole
             whole.to("cpu")  # type: ignore[arg-type]

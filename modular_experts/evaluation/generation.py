@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -13,8 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts_of
+from modular_experts.data.chat import classifies
 from modular_experts.injection import context_length
-from modular_experts.language_model import prompt_reader
+from modular_experts.injection.task_heads import class_name, task_heads
+from modular_experts.language_model import is_classifier, prompt_reader
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 
@@ -83,7 +86,12 @@ def answer_texts(tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequ
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: int | None = None) -> str:
-    """Return the text of generated tokens without the one that ends them, and without white space at its ends."""
+    """Return the text of generated tokens without the one that ends them, and without white space at its ends.
+
+    A classifier's answer is the name of the class.
+    """
+    if classifies(tokenizer):
+        return class_name(tokens[0])
     ended = bool(tokens) and tokens[-1] in (tokenizer.eos_token_id, end)
     kept = list(tokens[: len(tokens) - ended])
     return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
@@ -94,6 +102,8 @@ def generate_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[list[int]]:
     """Return the tokens that `generate_texts` makes a text of, with the one that ends the answer, if one does."""
+    if is_classifier(model):
+        return [[number] for number in classified(model, prompts_of(batch), batch.get("task"))[0].tolist()]
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, rooms = answer_rooms(model, prompts_of(batch), max_new_tokens)
@@ -117,6 +127,21 @@ def generate_tokens(
             stop = next((place for place, token in enumerate(row) if token in stops), len(row))
             answers[number] = row[: stop + 1]
     return answers
+
+
+@torch.no_grad()
+def classified(
+    model: nn.Module, prompts: Sequence[Tensor], tasks: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the number of each prompt's likeliest class, and its probability, by the heads of the tasks."""
+    config: Any = model.config
+    context = context_length(model)
+    kept = [prompt if context is None else fitted(prompt, 0, context) for prompt in prompts]
+    ids = pad_sequence(kept, batch_first=True, padding_value=config.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in kept], batch_first=True)
+    with evaluation_mode(model), reading(mask.bool(), tasks):
+        likeliest = model(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).max(-1)
+    return task_heads(model).numbers(likeliest.indices), likeliest.values
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:

@@ -14,7 +14,7 @@ from modular_experts.base.apply import applied
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.data.batch import Batch, encoder_inputs
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.language_model import prompt_reader
+from modular_experts.language_model import is_classifier, reads_prompts_apart
 from modular_experts.methods import RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.progress import Progress
@@ -39,9 +39,14 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
         with evaluation_mode(model):
             for batch in batches:
                 batch = move_data_to_device(batch, model.device)
-                if prompt_reader(model) is model:
+                if not reads_prompts_apart(model):
                     sums.start(batch["attention_mask"])
                     part(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                    continue
+                if is_classifier(model):
+                    read = encoder_inputs(batch, 0, model.config.pad_token_id)
+                    sums.start(read.mask)
+                    part(read.ids, attention_mask=read.mask)
                     continue
                 divided = encoder_inputs(batch, model.config.decoder_start_token_id)
                 # A column more, where both stacks read as many tokens, lets shapes tell them apart.

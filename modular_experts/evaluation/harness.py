@@ -20,7 +20,7 @@ from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks
 from modular_experts.evaluation.compare import RESULTS, AnyModels, comparison_facts, open_models
-from modular_experts.language_model import prompt_reader
+from modular_experts.language_model import reads_prompts_apart
 from modular_experts.places import check_free
 from modular_experts.reports import Results
 from modular_experts.reports.results import Facts, MutableFacts
@@ -142,8 +142,8 @@ def harness(
         suites.append(Suite(_loaded_benchmarks(names, measuring.shots), limit=limit))
     rows: list[MutableFacts] = []
     loaded = opened.load(measuring.dtype)
-    if prompt_reader(loaded) is not loaded:
-        raise ValueError(f"{opened.place} has an encoder, and the harness asks causal models alone; use evaluate")
+    if reads_prompts_apart(loaded):
+        raise ValueError(f"{opened.place} is not a causal language model, and only these are asked; use evaluate")
     for model in models:
         model.check(loaded)
     for done, model in enumerate(models):

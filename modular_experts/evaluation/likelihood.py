@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +14,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from modular_experts.data.batch import IGNORED, Batch, encoder_inputs
 from modular_experts.injection.sharded import is_sharded
-from modular_experts.language_model import prompt_reader
+from modular_experts.injection.task_heads import task_heads
+from modular_experts.language_model import is_classifier, reads_prompts_apart
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 
@@ -33,7 +35,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
             packed batch `position_ids` take the place of the mask. An encoder-decoder gets the prompts in its encoder,
-            and the rest in its decoder.
+            and the rest in its decoder. A classifier gets the prompts, and its vocabulary are the classes of its heads.
         batch: A batch as `data/batch.py` describes it; with a `cache`, the model leaves its state there.
     """
     labels, has_label = _predicted(batch)
@@ -45,6 +47,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
 
     logits = _logits(model, batch, inputs, gather)
+    if is_classifier(model):
+        tasks = [batch["task"][row] for row in has_label.nonzero()[:, 0].tolist()]
+        return logits[labelled[:, 0]], task_heads(model).columns(chosen, tasks)
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
 
 
@@ -54,11 +59,14 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 def _inputs(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
     """Return what a model is called with, and where its logits predict a labelled token `(lines, length)`."""
-    if prompt_reader(model) is model:
+    if not reads_prompts_apart(model):
         names = ("input_ids", "attention_mask", "position_ids", "cache")
         return {name: batch[name] for name in names if name in batch}, _predicted(batch)[1]
-    start: int = model.config.decoder_start_token_id  # type: ignore[union-attr, assignment]
-    divided = encoder_inputs(batch, start)
+    config: Any = model.config
+    if is_classifier(model):
+        divided = encoder_inputs(batch, 0, config.pad_token_id)
+        return {"input_ids": divided.ids, "attention_mask": divided.mask}, divided.labelled
+    divided = encoder_inputs(batch, config.decoder_start_token_id)
     named = {"input_ids": divided.ids, "attention_mask": divided.mask, "decoder_input_ids": divided.decoder_ids}
     return named, divided.labelled
 
@@ -72,7 +80,7 @@ def _logits(
     # A router chooses by the prompt, what comes before the first labelled token; it counts neither padding nor fillers.
     owner = batch["row"] if "row" in batch else torch.arange(len(labels), device=labels.device)[:, None]
     tokens = owner >= 0 if "row" in batch else inputs["attention_mask"].bool()
-    prompt = tokens if "decoder_input_ids" in inputs else _prompts(batch)
+    prompt = tokens if reads_prompts_apart(model) else _prompts(batch)
     if fillers := [row for row, task in enumerate(batch.get("task", [])) if task == ""]:
         tokens = tokens & ~torch.isin(owner, torch.tensor(fillers, device=owner.device))
     with reading(prompt, batch.get("task"), tokens, batch.get("row")):
@@ -175,7 +183,7 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     """
     # A model that takes no positions at all reads the rows as one, and an encoder sees all that it reads.
     takes_places = {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters)
-    if prompt_reader(model) is not model or not takes_places:
+    if reads_prompts_apart(model) or not takes_places:
         return False
     device = next(model.parameters()).device
     lengths = (3, 1, 2)

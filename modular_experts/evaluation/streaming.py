@@ -13,10 +13,20 @@ from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
 from modular_experts.data import TaskMixture
-from modular_experts.data.chat import Messages, PromptReading, encoded, read_as_each, reads_chat, template_hash
-from modular_experts.evaluation.generation import answer_room, continued
+from modular_experts.data.chat import (
+    Messages,
+    PromptReading,
+    classifies,
+    encoded,
+    read_as_each,
+    reads_chat,
+    template_hash,
+)
+from modular_experts.evaluation.generation import answer_room, classified, continued
 from modular_experts.injection.attach import NamedExperts, attached
 from modular_experts.injection.routed import Routed
+from modular_experts.injection.task_heads import class_name, task_heads
+from modular_experts.language_model import is_classifier
 from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
 from modular_experts.routing.prompts import choose_form, is_rejected, rejection_notice, vectors_for
@@ -78,8 +88,9 @@ def generate(
         chat_template: Whether a text goes through the chat template, as a message of the user; None is as the experts
             were trained, by their records; behind a route, as the chosen expert was.
         dtype: Data type of the base.
-        write: Takes each piece of the answer as it comes.
-        data: A task of which `data.shots` training rows stand before the prompt as demonstrations.
+        write: Takes each piece of the answer as it comes; of a classifier, the class with its probability.
+        data: A task of which `data.shots` training rows stand before the prompt as demonstrations. A classifier answers
+            with a class of this task; without it, of the only task head or of the expert that a route chooses.
 
     Raises:
         FileNotFoundError: The base was not found.
@@ -97,7 +108,7 @@ def generate(
     template = template_hash(tokenizer) if is_chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
     reading = encoded(tokenizer, prompt, is_chat)
-    if data is not None:
+    if data is not None and (data.shots or not classifies(tokenizer)):
         reading = _behind_demonstrations(reading, prompt, data, opened_base)
     model = opened_base.load(dtype)
     with attached(model, opened, check=False) as put:
@@ -105,7 +116,10 @@ def generate(
         if isinstance(prompt, str) and chat_template is None and data is None:
             messages = [{"role": "user", "content": prompt}]
             reading = _read_by_route(model, tokenizer, put, prompt, messages) or reading
-        answer = _answer(model, tokenizer, reading, how, write)
+        if is_classifier(model):
+            answer = _class_of(model, reading, put, data, write)
+        else:
+            answer = _answer(model, tokenizer, reading, how, write)
         model.to("cpu")  # type: ignore[arg-type]
         if isinstance(put, Routed) and put.router is not None and put.current.gates is not None:
             behind = put.members[put.router.experts :]
@@ -164,6 +178,40 @@ def _read_by_route(
     return readings.by_form[fallback[0] if fallback else readings.base]
 
 
+@torch.no_grad()
+def _class_of(
+    model: PreTrainedModel,
+    reading: PromptReading,
+    put: object,
+    data: TaskMixture | None,
+    write: Callable[[str], object] | None,
+) -> str:
+    """Return the class that a classifier gives a prompt; `write` also gets its probability."""
+    heads = task_heads(model).tasks
+    prompt = torch.tensor(reading.ids, device=model.device)
+    tasks = list(data.roles) if data else heads
+    reason = ""
+    if data is None and isinstance(put, Routed) and put.router is not None:
+        # The gates of a pass do not depend on the head behind it.
+        classified(model, [prompt], heads[:1])
+        assert put.current.gates is not None
+        best = int(put.current.gates.ids[0, put.current.gates.weights[0].argmax()])
+        chosen = put.members[best] if best < put.router.experts else None
+        if isinstance(chosen, StoredExpert):
+            tasks = [task for task in chosen.record["tasks"] if task in heads]
+        else:
+            tasks = []
+            reason = "no expert takes this prompt: "
+    if len(tasks) != 1:
+        names = ", ".join(heads)
+        raise ValueError(f"{reason}there are task heads for {names}; give the prompt's task, as tasks={heads[0]}.jsonl")
+    numbers, shares = classified(model, [prompt], tasks)
+    answer = class_name(int(numbers[0]))
+    if write:
+        write(f"{answer} ({float(shares[0]):.3f})")
+    return answer
+
+
 class Conversation:
     """A conversation with an opened base, in which a library's experts answer by name: `talk.experts.use("dates")`.
 
@@ -173,6 +221,8 @@ class Conversation:
     """
 
     def __init__(self, base: Base, experts: Mapping[str, StoredExpert], how: Answering = AS_USUAL) -> None:
+        if is_classifier(base.structure.model):
+            raise ValueError(f"{base.place} classifies texts, so there is nothing to talk about; ask it with generate")
         self.model = base.load(how.dtype).to(device())  # type: ignore[arg-type]
         self.tokenizer = base.tokenizer()
         self.library = experts

@@ -20,6 +20,7 @@ from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
 from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.routed import Injected, Routed, moved_sites, routed
+from modular_experts.injection.task_heads import put_task_heads, without_heads
 from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
@@ -38,7 +39,11 @@ _NAMED = "_modular_experts_named"
 
 
 def attached(
-    model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True, as_trained: bool = False
+    model: nn.Module,
+    experts: AnyExpert | Sequence[AnyExpert],
+    check: bool = True,
+    as_trained: bool = False,
+    heads: Sequence[StoredExpert] = (),
 ) -> Applied | Injected:
     """Add experts to a model, or put one that chooses by the input into it, until `remove` or the end of a `with`.
 
@@ -48,6 +53,7 @@ def attached(
             with experts that were trained on top of it.
         check: Whether the model must be the base of the stored experts.
         as_trained: Put a single expert into the layers by its state, also one that is a delta.
+        heads: Further experts, whose task heads a classifier takes for tasks of which these experts have none.
 
     Raises:
         FileNotFoundError: An expert behind a routed one is missing.
@@ -56,6 +62,14 @@ def attached(
             `applied` refuses.
     """
     opened = open_several(experts)
+    put = _attached(model, opened, check, as_trained)
+    put.after_removal.callback(put_task_heads(model, opened, heads))
+    return put
+
+
+def _attached(
+    model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
+) -> Applied | Injected:
     in_layers = [
         expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
     ]
@@ -86,7 +100,7 @@ def attached(
     # A state that does not fit takes the experts out again; a model that is ready keeps them.
     with ExitStack() as until_loaded:
         injected = until_loaded.enter_context(Injected(model, _plan_of(first)))
-        load_expert_state(model, first.state())
+        load_expert_state(model, without_heads(first.state()))
         until_loaded.pop_all()
     return injected
 
@@ -141,7 +155,7 @@ def _plan_of(expert: StoredExpert) -> Plan:
 
 def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Site, Factory]:
     """Plan experts of the sizes that a stored expert's state has: `kind.of_state(weight, state)` makes one."""
-    by_weight = state_by_place(expert.state())
+    by_weight = state_by_place(without_heads(expert.state()))
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
 
 

@@ -28,9 +28,13 @@ from modular_experts.routing.router import Router
 
 
 class Injected(AbstractContextManager[Any]):
-    """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
+    """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block.
+
+    `after_removal` is closed by `remove`, when the model has its own layers again.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.after_removal = ExitStack()
         # The end takes all experts out of the model, also those that were there before.
         if named_experts(model):
             raise ValueError("the model has experts already; give it others after eject(model)")
@@ -54,6 +58,7 @@ class Injected(AbstractContextManager[Any]):
             for parameter in self._trained:
                 parameter.requires_grad_(True)
             self._modes = {}
+        self.after_removal.close()
 
     def __exit__(self, *failure: object) -> None:
         self.remove()
@@ -63,8 +68,7 @@ class Routed(Injected):
     """Experts behind a router in a model.
 
     For scope `sample`, `current` holds the gates of the last pass, and `prompt_gates` makes them. `members` are the
-    experts, and the fallback behind them if there is one. `after_removal` is closed by `remove`, when the model has its
-    own layers again.
+    experts, and the fallback behind them if there is one.
     """
 
     members: Sequence[AnyExpert] = ()
@@ -73,17 +77,12 @@ class Routed(Injected):
         super().__init__(model, plan)
         self.router = router
         self.current = current
-        self.after_removal = ExitStack()
         self.prompt_gates: PromptGates | None = None
         if router is not None:
             self.prompt_gates = PromptGates(router, current)
             # `generate` calls the encoder of an encoder-decoder by itself.
             hook = prompt_reader(model).register_forward_pre_hook(self.prompt_gates, with_kwargs=True)
             self.after_removal.callback(hook.remove)
-
-    def remove(self) -> None:
-        super().remove()
-        self.after_removal.close()
 
     def put_beneath(self) -> None:
         """Add the routed experts to the outputs of the layers, for good, so that other experts can be trained in these.

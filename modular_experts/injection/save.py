@@ -11,6 +11,7 @@ from modular_experts.base.structure import Structure
 from modular_experts.deltas import add
 from modular_experts.experts.expert import Trained
 from modular_experts.injection.inject import expert_layers, expert_state, named_experts, task_vector
+from modular_experts.injection.task_heads import TaskHeads
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -103,6 +104,8 @@ def describe_experts(model: nn.Module) -> Record:
     values: dict[str, list[bool | int | float | str]] = {}
     plans: list[Record | None] = []
     for _, expert in named_experts(model):
+        if isinstance(expert, TaskHeads):
+            continue
         types.setdefault(type(expert).__name__, expert)
         if expert.made_by not in plans:
             plans.append(expert.made_by)

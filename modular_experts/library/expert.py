@@ -122,6 +122,11 @@ class StoredExpert(TaskVector):
         self._padded = dict.fromkeys(self._table.keys() & set(vocabulary), rows)
         self._shapes = self._shapes | {name: Size((rows, *self._shapes[name][1:])) for name in self._padded}
 
+    @property
+    def state_names(self) -> list[str]:
+        """The names of the tensors of `state`, without reading them."""
+        return [] if self._state is None else list(self._state.table)
+
     def state(self) -> dict[str, Tensor]:
         """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone."""
         return {} if self._state is None else self._state.read()

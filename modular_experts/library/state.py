@@ -15,6 +15,9 @@ from modular_experts.deltas import all_finite
 from modular_experts.library.record import FORMAT_WITH_STATE
 from modular_experts.library.tensorfile import Table, TensorFileWriter, damaged, read_table
 
+TASK_HEAD = "task_head."
+"""How the names of the tensors of a task head begin, behind that of their place; the task's name follows."""
+
 
 class StoredState:
     """The tensors of a state file; opening it checks the header, and `read` the tensors."""
@@ -48,3 +51,13 @@ def write_state(file: Path, state: Mapping[str, Tensor]) -> Table:
             table[name] = {"dtype": str(stored.dtype), "shape": list(stored.shape), "sha256": digest}
         writer.finish(json.dumps({"format": FORMAT_WITH_STATE, "state": table}, sort_keys=True))
     return table
+
+
+def is_of_task_head(name: str) -> bool:
+    """Return whether a tensor of a state belongs to the task head of a classifier."""
+    return name.rpartition("/")[2].startswith(TASK_HEAD)
+
+
+def task_of_head(name: str) -> str:
+    """Return the task of such a tensor."""
+    return name.rpartition("/")[2].removeprefix(TASK_HEAD).rpartition(".")[0]

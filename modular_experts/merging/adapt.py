@@ -26,6 +26,7 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.deltas import Sum
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import SparseExpert
+from modular_experts.injection.task_heads import head_state
 from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.record import Facts, Record
 from modular_experts.merging.combination import Combination
@@ -174,7 +175,7 @@ def adapt(
             summed.append(open_expert(place / "trained" / target.name))
         adapted = {"start": chosen, "weights": weights, "folds": len(parts), "rows": len(rows), "steps": count}
         record = _record_of(summed[-1], adapted, rows.task, starts[chosen].loss(count), opened)
-        write_expert(target, Sum(summed), record, overwrite)
+        write_expert(target, Sum(summed), record, overwrite, state=head_state(summed[-1:]))
     return Adapted(open_expert(target), starts, chosen, count, weights, len(rows), before.alone)
 
 

@@ -12,6 +12,7 @@ import torch
 from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
+from modular_experts.injection.task_heads import head_state
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -256,7 +257,8 @@ def write_merged(
     for path, (name, deltas) in left.items():
         tasks = dict.fromkeys(task for expert in stored_experts_of([by_title[name]]) for task in expert.record["tasks"])
         own_record = record | {"tasks": list(tasks), "key": key}
-        write(path, _Cut(deltas, form), own_record, key=f"{key}/{path.name}")
+        heads = head_state(stored_experts_of([by_title[name]]))
+        write(path, _Cut(deltas, form), own_record, key=f"{key}/{path.name}", state=heads)
 
     vector = _Cut(merged, form)
     record |= dict(notes or {})
@@ -264,7 +266,7 @@ def write_merged(
         # The same dictionary, which is complete only when the last weight has been looked up.
         record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.noted}
     # The merged expert comes last, so that everything is there when it is.
-    write(target, vector, record, key=key)
+    write(target, vector, record, key=key, state=head_state(merged.stored))
     return open_expert(target)
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.injection.task_heads import head_state
 from modular_experts.library import StoredExpert, make_record, open_expert, union_of_weights, write_expert
 from modular_experts.library.described import describe, rebuild
 from modular_experts.library.record import MERGE, Record
+from modular_experts.library.state import task_of_head
 from modular_experts.methods.average import Linear
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.progress import Progress
@@ -60,7 +62,9 @@ def remove(
     rest = replace(method, weights=weights)  # type: ignore[type-var]
     record = make_record(MERGE, whole.record["base"], tasks=tasks, parents=others, method=describe(rest))
     deltas = _Rest(whole, part, *method.without(place, len(parents)))
-    write_expert(out, deltas, record, overwrite, progress=progress)
+    heads = head_state([whole])
+    left = {name: heads[name] for name in heads if task_of_head(name) in tasks}
+    write_expert(out, deltas, record, overwrite, progress=progress, state=left)
     return open_expert(out)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modular_experts.data import TaskMixture
+from modular_experts.injection.task_heads import head_state
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.record import Facts
 from modular_experts.merging.combination import Combination
@@ -174,7 +175,7 @@ def search(
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
         outcome = algorithm.search(combination, objective, progress)
     for place, deltas, merged in zip(places, held, merged_lazily, strict=True):
-        write_expert(place, deltas, merged.record(), overwrite)
+        write_expert(place, deltas, merged.record(), overwrite, state=head_state(opened))
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
     notes = record_notes(settings, outcome.losses)
     expert = _write([*places, *opened], combination, outcome.coefficients, notes, out, overwrite, progress)
@@ -194,8 +195,9 @@ def _write(
     """Write the merge with some coefficients: by `TaskArithmetic`, unless each row of a weight has its own."""
     rows = coefficients.tolist()
     if len(rows) > len(combination.names):
-        record = Merged(experts, TaskArithmetic()).record() | {"method": None} | dict(notes)
-        write_expert(out, combination.deltas(coefficients), record, overwrite)
+        merged = Merged(experts, TaskArithmetic())
+        record = merged.record() | {"method": None} | dict(notes)
+        write_expert(out, combination.deltas(coefficients), record, overwrite, state=head_state(merged.stored))
         return open_expert(out)
     if all(row == rows[0] for row in rows):
         merge = Merged(experts, TaskArithmetic(weights=rows[0]))

@@ -27,6 +27,7 @@ from modular_experts.data.batch import Batch
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.algebra import dot_by_row, scale_rows
 from modular_experts.evaluation.gram import gram
+from modular_experts.injection.task_heads import head_state
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, open_experts, write_expert
 from modular_experts.library.form import Form
 from modular_experts.library.packing import packed_bytes
@@ -248,7 +249,8 @@ def write_form(
     fit = ", scales fitted to outputs" if fitted else ""
     origin = {"id": expert.name, "format": f"shrunk to {form}{fit}", "content_hash": expert.content_hash}
     record |= {"source": origin}
-    write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs())
+    heads = head_state([expert])
+    write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs(), state=heads)
     carry_statistics(expert, small := open_expert(target))
     return small
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from modular_experts.language_model import prompt_reader
+from modular_experts.language_model import reads_prompts_apart
 from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
@@ -107,10 +107,10 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30
     ) -> None:
-        if prompt_reader(model) is not model:
+        if reads_prompts_apart(model):
             raise ValueError(
-                f"{type(model).__name__} has an encoder, and requests are batched for causal language models alone; "
-                "ask it with generate"
+                f"{type(model).__name__} is not a causal language model, and requests are batched for these alone; ask "
+                "it with generate"
             )
         if getattr(model.config, "attn_logit_softcapping", None):
             raise ValueError(

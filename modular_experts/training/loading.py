@@ -19,6 +19,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
 from modular_experts.injection.save import place_of_model
 from modular_experts.injection.sharded import reshard
+from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
 
@@ -74,6 +75,7 @@ def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool)
     """Add stored experts to a model and freeze all of it; a training finds its layers free for new experts."""
     if all(expert.mergeable for expert in applied) and not moved_quantised(model, applied):
         apply_deltas(model, applied)
+        put_task_heads(model, applied)
     else:
         put = attached(model, applied, check=False)
         if trains and isinstance(put, Routed):

@@ -44,6 +44,8 @@ from modular_experts.injection import (
 )
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
+from modular_experts.injection.task_heads import new_task_heads
+from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.library.record import Record
 from modular_experts.selection.mask_schedule import MaskSchedule
@@ -273,6 +275,8 @@ class ExpertModule(EvaluatedModule):
             recompute(model, self.offload_activations)
         if self.has_experts:
             inject(model, self.planned_experts, self.modules_pattern)
+            if is_classifier(model):
+                new_task_heads(model, source_of(loading.trainer_of(self)).classes)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         self._start = start_of(model) if self.preferences else {}

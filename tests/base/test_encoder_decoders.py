@@ -161,7 +161,7 @@ def test_peft_loads_an_export_with_its_own_task_type(base, library, tmp_path) ->
 
 
 def test_a_server_refuses_an_encoder_decoder(base, library) -> None:
-    with pytest.raises(ValueError, match="has an encoder, and requests are batched for causal language models alone"):
+    with pytest.raises(ValueError, match="is not a causal language model, and requests are batched for these alone"):
         served.opened(base, library)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modular_experts.base.files import quiet_transformers
 from modular_experts.base.structure import Structure, is_transposed
-from modular_experts.language_model import language_model, prompt_reader
+from modular_experts.language_model import language_model, reads_prompts_apart
 from modular_experts.text import block_of
 
 Kind = Literal["groups", "channels"]
@@ -60,7 +60,7 @@ class Removable:
     def __init__(self, model: PreTrainedModel, place: str) -> None:
         self.model = model
         self.place = place
-        if language_model(model) is not None or prompt_reader(model) is not model:
+        if language_model(model) is not None or reads_prompts_apart(model):
             raise ValueError(f"{place} is more than a causal language model, and compress makes no other model smaller")
         structure = Structure(model)
         self.parameters = sum(structure.shapes[name].numel() for name in structure.weights)

@@ -1,0 +1,102 @@
+"""Load models that classify texts, with a place for the task heads of experts (`experts/task_heads.py`)."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+POOLED = "task_heads"
+"""The name of the place in an encoder without a head."""
+
+
+class HeadPlace(nn.Module):
+    """Stands where the model's last layer gives logits; it passes vectors of size `width` on, and experts classify."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Classifier:
+    """What the class of a classifier has before the class of transformers; `head_place` names the `HeadPlace`."""
+
+    head_place: str
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
+        """Return an output of transformers, whose `logits` are `(rows, classes)`, without heads `(rows, width)`."""
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[misc]
+
+
+class _MeanOfTokens(_Classifier):
+    """An encoder without a head: the mean of the last hidden states over the tokens is what heads classify."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden: Tensor = super().forward(input_ids, attention_mask).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        weights = mask.to(hidden.dtype)[..., None]
+        pooled = (hidden * weights).sum(1) / weights.sum(1)
+        return SequenceClassifierOutput(logits=getattr(self, POOLED)(pooled))
+
+
+class AutoClassifier:
+    """Loads a classifier as an Auto class of transformers does; experts bring the last layer, which the model lacks.
+
+    Args:
+        auto: `AutoModel` for an encoder, or `AutoModelForSequenceClassification`.
+    """
+
+    def __init__(self, auto: "type[_BaseAutoModelClass]") -> None:
+        self._auto = auto
+
+    def from_config(self, config: Any, **how: Any) -> "PreTrainedModel":
+        return self._with_place(self._auto.from_config(config, **how))
+
+    def from_pretrained(self, directory: Any, **how: Any) -> Any:
+        """Return the model, and with `output_loading_info` transformers' report on what it has."""
+        loaded = self._auto.from_pretrained(directory, **how)
+        if not how.get("output_loading_info"):
+            return self._with_place(loaded)
+        model, report = loaded
+        model = self._with_place(model)
+        has = {name for name, _ in model.named_parameters()}
+        missing = {name for name in report["missing_keys"] if name in has}
+        mismatched = {entry for entry in report["mismatched_keys"] if entry[0] in has}
+        return model, {**report, "missing_keys": missing, "mismatched_keys": mismatched}
+
+    def _with_place(self, model: Any) -> "PreTrainedModel":
+        from transformers import AutoModel
+
+        kind = type(model)
+        if self._auto is AutoModel:
+            # A layer for the first token alone, which many checkpoints lack.
+            if getattr(model, "pooler", None) is not None:
+                model.pooler = None
+            place = POOLED
+            width = model.config.hidden_size
+            mixin: type = _MeanOfTokens
+        else:
+            inside = {id(module) for module in model.base_model.modules()}
+            last = [
+                (name, module)
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and id(module) not in inside
+            ]
+            if not last or last[-1][1].out_features != model.config.num_labels:
+                raise ValueError(f"{kind.__name__} has no last linear layer that gives the logits of classes")
+            place, layer = last[-1]
+            width = layer.in_features
+            mixin = _Classifier
+        parent, _, own = place.rpartition(".")
+        setattr(model.get_submodule(parent), own, HeadPlace(width))
+        # The same object with the same name of its class, as `injection` does with layers.
+        model.__class__ = type(kind.__name__, (mixin, kind), {"head_place": place, "__module__": kind.__module__})
+        return model

@@ -1,0 +1,269 @@
+"""Bases that classify: the experts of a task bring its head, which is chosen by the task and never merged."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import SIZES, build_tokenizer
+from testbed.peft_adapters import PEFT_WARNINGS
+from tokenizers.processors import TemplateProcessing
+
+from modular_experts import (
+    FullExpert,
+    LoRAExpert,
+    MaskedExpert,
+    SparseExpert,
+    TaskMixture,
+    apply,
+    evaluate,
+    fit,
+    generate,
+    merge,
+    open_expert,
+    route,
+)
+from modular_experts.__main__ import main
+from modular_experts.base import Base
+from modular_experts.data.batch import Collator
+from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation.generation import generate_texts
+from modular_experts.evaluation.gram import gram
+from modular_experts.evaluation.streaming import Conversation
+from modular_experts.injection import find_sites
+from modular_experts.injection.attach import attached
+from modular_experts.injection.task_heads import _NAMES, TaskHeads, class_name, class_number, head_state
+from modular_experts.library.state import task_of_head
+from modular_experts.merging.remove import remove
+from modular_experts.routing.centroid import Centroid
+from modular_experts.routing.gates import reading
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+ENCODER = SIZES | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER |= {"max_position_embeddings": 128, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+AUTO, CLASSIFYING = transformers.AutoModel, transformers.AutoModelForSequenceClassification
+MASKED = transformers.AutoModelForMaskedLM
+# The type of a model, and the class that its checkpoint was written by.
+BASES = {
+    "bert": ("bert", AUTO),
+    "roberta": ("roberta", MASKED),
+    "distilbert": ("distilbert", CLASSIFYING),
+    "llama": ("llama", CLASSIFYING),
+}
+WORDS = {"colour": ("red", "green", "blue"), "size": ("big", "small"), "sound": ("loud", "soft", "quiet")}
+
+
+def build(name, place):
+    kind, auto = BASES[name]
+    torch.manual_seed(0)
+    model = auto.from_config(transformers.AutoConfig.for_model(kind, **ENCODER)).eval()
+    model.save_pretrained(place)
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.model_max_length = 100
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def rows_of(task, split, count, offset=0):
+    words = WORDS[task]
+    return [
+        {
+            "input": f"{words[n % len(words)]} {task} {(n + offset) % 10}",
+            "target": f"the {words[n % len(words)]}",
+            "split": split,
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classes")
+    for task in WORDS:
+        rows = rows_of(task, "train", 24) + rows_of(task, "validation", 8, 1) + rows_of(task, "test", 9, 2)
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [folder / f"{task}.jsonl" for task in WORDS]
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, tmp_path_factory):
+    return build(request.param, tmp_path_factory.mktemp("classifier") / "base")
+
+
+@pytest.fixture(scope="module")
+def library(base, data):
+    how = {"steps": 30, "keep_inputs": 8, "trainer": QUIET, "learning_rate": 0.02}
+    for file in data:
+        fit(base, TaskMixture(file, batch_size=8), LoRAExpert, "all-linear", base.parent / "library" / file.stem, **how)
+    return base.parent / "library"
+
+
+def examples_of(base, data):
+    mixture = TaskMixture(data)
+    mixture.read_for(Base.open(base))
+    return [example for own in mixture.examples("test").values() for example in own]
+
+
+def test_losses_and_answers_are_those_of_each_text_alone(base, data, library) -> None:
+    opened = Base.open(base)
+    expert = open_expert(library / "colour")
+    with attached(model := opened.load("float64"), expert):
+        examples = [example for example in examples_of(base, data) if example.task == "colour"]
+        batch = Collator(0)(examples)
+        sums, counts = batch_losses(model, batch)
+        texts = generate_texts(model, opened.tokenizer(), batch)
+        state = {name.rpartition(".")[2]: tensor for name, tensor in head_state([expert]).items()}
+        names = json.loads(bytes(state["classes"].tolist()))
+        assert names == ["the blue", "the green", "the red"]
+        for example, loss, count, text in zip(examples, sums, counts, texts, strict=True):
+            prompt = example.tokens.ids[None, : example.tokens.prompt].long()
+            assert int(prompt[0, -1]) == 1  # a special token that the tokenizer adds
+            vectors = vectors_of(model, prompt)
+            logits = vectors @ state["weight"].double().T + state["bias"].double()
+            wanted = -logits.log_softmax(-1)[names.index(example.target)]
+            assert int(count) == 1
+            torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-9)
+            assert text == names[int(logits.argmax())]
+    assert not hasattr(model.get_submodule(model.head_place), "expert")
+
+
+def vectors_of(model, prompt):
+    """Return the vector `(width,)` that the head of a prompt alone classifies, as transformers computes it."""
+    with torch.no_grad():
+        if model.head_place == "task_heads":
+            # The class of transformers stands behind ours.
+            return type(model).__bases__[1].forward(model, prompt).last_hidden_state[0].mean(0)
+        hidden = model.base_model(prompt).last_hidden_state[0]
+        return torch.relu(model.pre_classifier(hidden[0])) if hasattr(model, "pre_classifier") else hidden[-1]
+
+
+def test_training_learns_each_kind_of_expert(base, data, tmp_path) -> None:
+    for kind in (SparseExpert, FullExpert, MaskedExpert, LoRAExpert):
+        mixture = TaskMixture(data[0], batch_size=8)
+        fit(base, mixture, kind, "all-linear", tmp_path / kind.__name__, steps=60, trainer=QUIET, learning_rate=0.02)
+        table = evaluate(None, {"own": str(tmp_path / kind.__name__)}, TaskMixture(data[0]))
+        assert table.mean("loss", model="own") < 0.95 * math.log(3), kind
+        assert open_expert(tmp_path / kind.__name__).record["kind"] == kind.__name__
+
+
+def test_one_expert_learns_several_tasks_and_answers_each_by_its_own_head(base, data, tmp_path) -> None:
+    mixture = TaskMixture(data, batch_size=8)
+    fit(base, mixture, LoRAExpert, "all-linear", tmp_path / "all", steps=90, trainer=QUIET, learning_rate=0.005)
+    table = evaluate(None, {"all": str(tmp_path / "all")}, TaskMixture(data))
+    assert table.mean("loss", model="all", task="colour") < 0.95 * math.log(3)
+    assert table.mean("loss", model="all", task="size") < 0.95 * math.log(2)
+    (tmp_path / "some.jsonl").write_text(json.dumps({"input": "red", "target": "the pink", "split": "test"}))
+    with pytest.raises(ValueError, match="no expert has a task head for some, without which a classifier cannot"):
+        evaluate(None, {"all": str(tmp_path / "all")}, TaskMixture(tmp_path / "some.jsonl"))
+    (tmp_path / "colour.jsonl").write_text(json.dumps({"input": "red", "target": "the pink", "split": "test"}))
+    with pytest.raises(
+        ValueError, match="the target 'the pink' is not a class that the experts of colour know: the blue, the green"
+    ):
+        evaluate(None, {"all": str(tmp_path / "all")}, TaskMixture(tmp_path / "colour.jsonl"))
+
+
+def test_a_merge_keeps_the_heads_of_all_tasks_unmerged(base, data, library, tmp_path) -> None:
+    experts = [open_expert(library / task) for task in WORDS]
+    merged = merge(experts, "SparseAverage", tmp_path / "merged")
+    before = head_state(experts)
+    after = head_state([merged])
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # An expert of one task takes the heads of the others for their tasks.
+    table = evaluate(None, {"merged": str(merged.path), "colour": str(library / "colour")}, TaskMixture(data))
+    alone = evaluate(None, {"colour": str(library / "colour")}, TaskMixture(data[0]))
+    assert table.mean("loss", model="colour", task="colour") == alone.mean("loss", model="colour")
+    merge(experts, "TaskArithmetic", tmp_path / "sum")
+    table = evaluate(None, {"written": str(tmp_path / "sum"), "added": experts}, TaskMixture(data))
+    assert table.mean("loss", model="written") == pytest.approx(table.mean("loss", model="added"), rel=1e-4)
+    left = remove(tmp_path / "sum", library / "colour", tmp_path / "rest")
+    assert {task_of_head(name) for name in head_state([left])} == {"size", "sound"}
+
+
+def test_a_route_answers_as_the_expert_of_each_row(base, data, library) -> None:
+    mixture = TaskMixture(data)
+    made = route([library / task for task in WORDS], library / "routed", Centroid(reject=None), data=mixture)
+    alone = {task: str(library / task) for task in WORDS}
+    table = evaluate(None, {"routed": str(made.path), **alone}, mixture)
+    for task in WORDS:
+        own = table.mean("loss", model=task, task=task)
+        assert table.mean("loss", model="routed", task=task) == pytest.approx(own, rel=1e-4)
+    assert generate(None, "loud sound 3", [str(made.path)]) == "the loud"
+
+
+def test_gram_matrices_are_of_the_prompts_alone(base, data) -> None:
+    model = Base.open(base).load("float64")
+    examples = examples_of(base, data)[:5]
+    weights = [site.weight for site in find_sites(model) if not site.by_name_only and "pre_classifier" not in site.name]
+    found = gram(model, [Collator(0)(examples[:3]), Collator(0)(examples[3:])], weights)
+    inputs = {name: [] for name in weights}
+    for name in weights:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0][0].detach()))
+    for example in examples:
+        model(input_ids=example.tokens.ids[None, : example.tokens.prompt].long())
+    for name, parts in inputs.items():
+        rows = torch.cat(parts)
+        torch.testing.assert_close(found[name].values, rows.T @ rows / len(rows))
+
+
+def test_a_checkpoint_of_the_merge_loads_with_transformers(base, data, library, tmp_path, caplog) -> None:
+    assert apply([library / "colour"], tmp_path / "full").largest_difference < 1e-5
+    assert "the checkpoint has no task heads: they stay with the experts" in caplog.text
+    assert Base.open(tmp_path / "full").structure.architecture == Base.open(base).structure.architecture
+
+
+def test_generate_names_the_class_and_its_probability(base, data, library, tmp_path, capsys) -> None:
+    assert main(["generate", "--experts", str(library / "size"), "small size 4"]) == 0
+    answer, share = capsys.readouterr().out.strip().rsplit(" ", 1)
+    assert answer == "the small"
+    assert 0.4 < float(share.strip("()")) <= 1
+    merged = merge([library / task for task in WORDS], "SparseAverage", tmp_path / "merged")
+    with pytest.raises(
+        ValueError, match=r"there are task heads for colour, size, sound; give the prompt's task, as tasks"
+    ):
+        generate(None, "small size 4", [merged])
+    assert generate(None, "small size 4", [merged], data=TaskMixture(data[1])) in ("the small", "the big")
+    with pytest.raises(ValueError, match="the base has no task head, so it classifies nothing; name an expert"):
+        generate(str(base), "small size 4")
+    with pytest.raises(ValueError, match="classifies texts, so there is nothing to talk about"):
+        Conversation(Base.open(base), {})
+
+
+def test_a_row_that_is_too_long_loses_its_end_and_keeps_the_special_tokens(base, tmp_path) -> None:
+    rows = [{"input": "a" * 300, "target": "x", "split": split} for split in ("train", "test")]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (example,) = examples_of(base, [tmp_path / "long.jsonl"])
+    ids = example.tokens.ids[: example.tokens.prompt].tolist()
+    assert (len(ids), ids[0], ids[-1]) == (99, 1, 1)
+
+
+def test_rows_of_several_tasks_get_logits_of_their_own_classes_alone() -> None:
+    torch.manual_seed(0)
+    heads = TaskHeads(4, {"a": ["x", "y"], "b": ["y", "z", "w"]})
+    again = TaskHeads.of_state(heads.state())
+    assert again.classes == {"a": ["x", "y"], "b": ["y", "z", "w"]}
+    x = torch.randn(3, 4)
+    with reading(None, ["b", "a", "b"]):
+        logits = again.after((x,), {}, None)
+    columns = again.columns(torch.tensor([class_number(name) for name in "yyw"]), ["b", "a", "b"])
+    for row, (head, place) in enumerate([(1, 0), (0, 1), (1, 2)]):
+        own = heads.heads[head](x[row]).log_softmax(-1)[place]
+        torch.testing.assert_close(logits[row].log_softmax(-1)[columns[row]], own)
+    assert (logits > -1e3).sum(1).tolist() == [3, 2, 3]
+    with pytest.raises(ValueError, match="there is no task head for c, only for a, b"), reading(None, ["c"]):
+        again.after((x[:1],), {}, None)
+
+
+def test_two_names_of_one_number_are_refused(monkeypatch) -> None:
+    number = class_number("one")
+    assert class_name(number) == "one"
+    monkeypatch.setitem(_NAMES, number, "another")
+    with pytest.raises(ValueError, match="the classes 'another' and 'one' have the same checksum"):
+        class_number("one")
