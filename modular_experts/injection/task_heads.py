@@ -41,7 +41,7 @@ def class_name(number: int) -> str:
 
 
 class TaskHeads(ModuleExpert):
-    """A Linear for each task, trained with the experts of the task, and never merged; a row takes that of its task.
+    """A Linear for each task, trained with the experts of the task, and never merged; the row's task chooses.
 
     Args:
         width: The size of the vectors that it classifies.
@@ -80,9 +80,8 @@ class TaskHeads(ModuleExpert):
         if tasks is not None:
             return tasks
         if len(self.tasks) > 1:
-            raise ValueError(
-                f"the experts classify {', '.join(self.tasks)}; call the model inside of `reading(tasks=...)`"
-            )
+            names = ", ".join(self.tasks)
+            raise ValueError(f"the experts classify {names}; call the model inside of `reading(tasks=...)`")
         return self.tasks * rows
 
     def _head_of(self, task: str) -> int:

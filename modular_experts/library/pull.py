@@ -13,6 +13,7 @@ from modular_experts.library.hub import HubRepository, check_contents, find_repo
 from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.names import is_name
 from modular_experts.library.record import RECORD_FILE, ROUTED, Facts, Record, files_of, read_record
+from modular_experts.library.signing import SIGNATURE_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 
@@ -95,6 +96,8 @@ def _files(repository: HubRepository, name: str, record: Facts, statistics: bool
     files = [f"{name}/{file}" for file in files_of(record)]
     if "inputs" in record:
         files.append(f"{name}/{INPUTS_FILE}")
+    if f"{name}/{SIGNATURE_FILE}" in repository.files:
+        files.append(f"{name}/{SIGNATURE_FILE}")
     for path in repository.files if statistics else ():
         kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
         if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):

@@ -18,6 +18,8 @@ from modular_experts.library.hub import HubRepository, check_contents, find_repo
 from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.names import is_name
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, ROUTED, STATE_FILE, files_of, read_record
+from modular_experts.library.signing import SIGNATURE_FILE
+from modular_experts.library.signing import sign as signature
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 
@@ -57,6 +59,7 @@ def push(
     dry_run: bool = False,
     inputs: bool = False,
     license: str | None = None,
+    sign: str | Path | None = None,
     progress: Progress = iter,
 ) -> Pushed:
     """Write experts and a card into a repository of the hub.
@@ -71,6 +74,7 @@ def push(
         inputs: Push the inputs that experts keep too, which their tokenizer turns back into text.
         license: The experts' licence, as the hub names it: `apache-2.0`, `mit`, `other`. By default each has the
             licence of its record, as a pulled expert has one, which stays, or the one that all of its parents have.
+        sign: A private key on an elliptic curve (PEM). Each expert gets a signature, `model.sig`.
 
     Raises:
         ValueError: An expert is damaged, the list is empty, two experts have the same name, a route in the repository
@@ -84,6 +88,9 @@ def push(
         contents = check_contents(opened[name], statistics, inputs)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
         files[f"{name}/{RECORD_FILE}"] = _published(opened[name], licenses[name])
+        if sign is not None:
+            own = [RECORD_FILE, *files_of(opened[name].record)]
+            files[f"{name}/{SIGNATURE_FILE}"] = signature({file: files[f"{name}/{file}"] for file in own}, sign)
     reached = True
     try:
         repository = find_repository(repo_id, writing=True)
@@ -137,9 +144,9 @@ def _with_hub_bases(entries: Sequence[CardEntry]) -> list[CardEntry]:
 
 
 def _is_extra(path: str) -> bool:
-    """Return whether a path is of statistics or inputs, which go even if the repository has their expert already."""
+    """Return whether a path is of statistics, inputs or a signature, which go even if the repository has the expert."""
     _, _, file = path.partition("/")
-    return file == INPUTS_FILE or file.startswith(f"{FOLDER}/")
+    return file in (INPUTS_FILE, SIGNATURE_FILE) or file.startswith(f"{FOLDER}/")
 
 
 def _look_inside(

@@ -16,7 +16,7 @@ from modular_experts.library.record import FORMAT_WITH_STATE
 from modular_experts.library.tensorfile import Table, TensorFileWriter, damaged, read_table
 
 TASK_HEAD = "task_head."
-"""How the names of the tensors of a task head begin, behind that of their place; the task's name follows."""
+"""How the names of the tensors of a task head begin, behind the name of their place; the task's name follows."""
 
 
 class StoredState:

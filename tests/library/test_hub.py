@@ -12,12 +12,14 @@ import yaml
 from testbed.hub_server import point_client
 from testbed.random_deltas import random_delta
 
+from modular_experts.__main__ import main
 from modular_experts.deltas import Sparse
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
 from modular_experts.library.card import CardEntry, model_card
 from modular_experts.library.kept_inputs import INPUTS_FILE, Prompt
 from modular_experts.library.pull import pull
 from modular_experts.library.push import push
+from modular_experts.library.signing import verify_signature
 from modular_experts.merging.merged import merge
 from modular_experts.merging.route import route
 from modular_experts.methods.method import DataStatistic
@@ -148,6 +150,76 @@ def test_an_expert_without_a_licence_or_of_two_is_not_pushed(hub, library, tmp_p
         push([library / "a"], REPO, license="apache-2.0")
     assert REPO not in hub.repositories
     assert push([library / "both"], REPO, license="other").experts == ["both"]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """The private and the public key of an owner, and the public key of another one."""
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("keys")
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    for name in ("owner", "other"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+        (folder / f"{name}.pem").write_bytes(private)
+        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pub").write_bytes(public)
+    return folder
+
+
+def test_a_pulled_expert_is_verified_by_the_key_of_its_owner(hub, library, keys, tmp_path, capsys) -> None:
+    expert = library / "a"
+    write_statistics(open_expert(expert), "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"a": 3}, {})
+    before = contents(expert)
+    push([expert, library / "b"], REPO, sign=keys / "owner.pem")
+    assert contents(expert) == before
+    pull(REPO, tmp_path / "other", statistics=True)
+    assert main(["verify", str(tmp_path / "other"), "--key", str(keys / "owner.pub")]) == 0
+    assert f"intact, signed by the owner of {keys / 'owner.pub'}, 2 weights" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "other/a"), "--key", str(keys / "other.pub")]) == 1
+    assert f"is not signed by the owner of {keys / 'other.pub'}" in capsys.readouterr().err
+    assert main(["verify", str(library / "b"), "--key", str(keys / "owner.pub")]) == 1
+    assert "has no signature (model.sig), which its owner makes in a push" in capsys.readouterr().err
+
+
+def test_a_signature_covers_each_byte_of_record_and_deltas(hub, library, keys, tmp_path) -> None:
+    push([library / "a"], REPO, sign=keys / "owner.pem")
+    pull(REPO, tmp_path / "other")
+    signed = open_expert(tmp_path / "other/a")
+    verify_signature(signed, keys / "owner.pub")
+    record = json.loads((signed.path / "expert.json").read_text())
+    (signed.path / "expert.json").write_text(json.dumps(record | {"license": "apache-2.0"}))
+    with pytest.raises(ValueError, match="other/a is not signed by the owner of"):
+        verify_signature(open_expert(signed.path), keys / "owner.pub")
+    # An expert of the same owner under the name of another one.
+    shutil.copy(signed.path / "model.sig", library / "b" / "model.sig")
+    with pytest.raises(ValueError, match="library/b is not signed by the owner of"):
+        verify_signature(open_expert(library / "b"), keys / "owner.pub")
+
+
+def test_a_signature_goes_when_an_unsigned_expert_takes_the_place(hub, library, keys) -> None:
+    push([library / "a"], REPO)
+    push([library / "a"], REPO, sign=keys / "owner.pem")
+    assert "a/model.sig" in hub.repositories[REPO].files()
+    write(library / "a", seed=9, overwrite=True)
+    push([library / "a"], REPO, overwrite=True)
+    assert "a/model.sig" not in hub.repositories[REPO].files()
+
+
+def test_wrong_keys_are_refused_before_anything_is_pushed(hub, library, keys, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"there is no key 'absent.pem'; make one with openssl"):
+        push([library / "a"], REPO, sign="absent.pem")
+    with pytest.raises(ValueError, match=r"owner.pub is not a private key on an elliptic curve in PEM form, without"):
+        push([library / "a"], REPO, sign=keys / "owner.pub")
+    (library / "a" / "model.sig").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"there is no key 'absent.pub'; give the public key of the expert's owner"):
+        verify_signature(open_expert(library / "a"), "absent.pub")
+    with pytest.raises(ValueError, match="library/a is not signed by the owner of"):
+        verify_signature(open_expert(library / "a"), keys / "owner.pub")
+    assert REPO not in hub.repositories
 
 
 def test_an_expert_behind_a_route_is_replaced_only_together_with_the_route(hub, library):
