@@ -39,6 +39,11 @@ class Inputs(TaskMixture):
         self.prompts = prompts
         super().__init__([Task(name=task, source=_InputsAlone()) for task in prompts], **settings)
 
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Nothing: inputs name no classes, so a classifier trains the heads that it has."""
+        return {}
+
     @classmethod
     def kept_by(cls, experts: Sequence[StoredExpert]) -> Self:
         """Take the inputs that experts keep (`fit(..., keep_inputs=256)`); raise ValueError if one keeps none."""

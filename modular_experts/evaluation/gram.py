@@ -18,6 +18,7 @@ from modular_experts.language_model import is_classifier, reads_prompts_apart
 from modular_experts.methods import RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.progress import Progress
+from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 from modular_experts.text import block_of
 
@@ -46,7 +47,8 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
                 if is_classifier(model):
                     read = encoder_inputs(batch, 0, model.config.pad_token_id)
                     sums.start(read.mask)
-                    part(read.ids, attention_mask=read.mask)
+                    with reading(tasks=batch["task"]):
+                        part(read.ids, attention_mask=read.mask)
                     continue
                 divided = encoder_inputs(batch, model.config.decoder_start_token_id)
                 # A column more, where both stacks read as many tokens, lets shapes tell them apart.

@@ -32,6 +32,7 @@ from modular_experts.experts.site import (
 )
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertParameter, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
+from modular_experts.injection.task_heads import TaskHeads
 from modular_experts.language_model import language_model
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
@@ -283,7 +284,9 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
     for _, module, expert in _equipped_modules(model):
-        expert.detach(module)
+        # Whoever put task heads in takes them out.
+        if not isinstance(expert, TaskHeads):
+            expert.detach(module)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:

@@ -17,6 +17,7 @@ from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
 from modular_experts.injection.slices import GatesOfSlice
+from modular_experts.injection.task_heads import TaskHeads
 from modular_experts.language_model import prompt_reader
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
@@ -36,7 +37,7 @@ class Injected(AbstractContextManager[Any]):
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.after_removal = ExitStack()
         # The end takes all experts out of the model, also those that were there before.
-        if named_experts(model):
+        if any(not isinstance(expert, TaskHeads) for _, expert in named_experts(model)):
             raise ValueError("the model has experts already; give it others after eject(model)")
         self._model = model
         self._modes = {module: module.training for module in model.modules()}

@@ -137,11 +137,15 @@ def task_heads(model: nn.Module) -> TaskHeads:
     return cast(TaskHeads, heads)
 
 
-def new_task_heads(model: nn.Module, classes: Mapping[str, Sequence[str]]) -> None:
-    """Give a classifier untrained heads for the classes of each task, in the place of those that it has."""
-    if not classes:
-        raise ValueError("a classifier learns the classes of its data's tasks, and there are none; give a TaskMixture")
-    _put(model, TaskHeads(_place(model).width, classes))
+def trained_task_heads(model: nn.Module, classes: Mapping[str, Sequence[str]]) -> None:
+    """Let a classifier train heads for the classes of tasks: those that it has, or new ones if the classes differ."""
+    place = _place(model)
+    heads = getattr(place, "expert", None)
+    if heads is None or (classes and heads.classes != {task: list(names) for task, names in classes.items()}):
+        if not classes:
+            raise ValueError("a classifier learns the classes of its tasks, and the data name none; give a TaskMixture")
+        _put(model, TaskHeads(place.width, classes))
+    task_heads(model).requires_grad_(True)
 
 
 def put_task_heads(

@@ -27,6 +27,7 @@ from modular_experts.deltas import Sum
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import SparseExpert
 from modular_experts.injection.task_heads import head_state
+from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.record import Facts, Record
 from modular_experts.merging.combination import Combination
@@ -144,6 +145,10 @@ def adapt(
         raise ValueError(f"steps={steps} and neighbours={neighbours} must be at least 1")
     opened = open_experts(experts, base=base)
     opened_base = Base.open(base, opened)
+    if is_classifier(opened_base.structure.model):
+        raise ValueError(
+            f"{opened_base.place} classifies by task heads, and no expert has one for a new task; train one with fit"
+        )
     rows = _Rows(tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks), opened, opened_base)
     parts = divided(len(rows), min(folds, len(rows)), seed)
     settings: FitSettings = {"seed": seed}

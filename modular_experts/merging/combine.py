@@ -23,6 +23,7 @@ from modular_experts.data.batch import Example
 from modular_experts.data.rows import SPLITS, content_hash
 from modular_experts.experts.expert import ExpertFactory, title_of
 from modular_experts.injection.attach import describe_router
+from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
 from modular_experts.library.compatibility import put_beside
@@ -314,7 +315,9 @@ class _Combining:
         return [example for examples in by_task.values() for example in examples]
 
     def _load(self) -> PreTrainedModel:
-        return Base.open(self._base, self._opened).load(self._dtype).to(device())  # type: ignore[arg-type]
+        model = Base.open(self._base, self._opened).load(self._dtype).to(device())  # type: ignore[arg-type]
+        put_task_heads(model, self._opened)
+        return model
 
     def _seconds_of_a_token(self) -> float:
         """Return how long the base takes for a token of the rows that measure, by a batch of them."""

@@ -22,6 +22,7 @@ from modular_experts.data.tokenised import ReadingFacts, TaskContents
 from modular_experts.evaluation import answer_logits
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length
+from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.compatibility import training_in_common
 from modular_experts.merging.gradient_search import ATLAS
@@ -142,6 +143,7 @@ def distill_into(
     inputs = _inputs(tasks, opened, opened_base, rows)
     own = own_experts(opened, list(inputs.roles))
     model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
+    put_task_heads(model, opened)
     inputs.fit_context(context_length(model))
     answered = _Answers(model, own, inputs, max_new_tokens, progress)
     taught = _Taught(inputs, answered, training_in_common(opened).get("chat_template"))

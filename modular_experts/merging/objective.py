@@ -26,6 +26,7 @@ from modular_experts.data.batch import IGNORED, Batch, Collator, Example
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
 from modular_experts.injection import context_length
+from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import Facts, Record, plain
 from modular_experts.progress import Counted, Progress
@@ -240,6 +241,7 @@ def objective_on_base(
     read_validation_rows(mixture, targets=not by_experts)
     if model is None:
         model = base.load(rows.dtype).to(device())  # type: ignore[arg-type]
+        put_task_heads(model, experts)
     objective = Objective(model, mixture, own if by_experts else None, rows.max_new_tokens, progress, judged)
     if own:
         objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}

@@ -20,6 +20,7 @@ from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
 from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.injection import context_length
+from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.record import Record
 from modular_experts.library.statistics import OF_INPUTS, StoredStatistics, check_statistics_targets
@@ -170,6 +171,8 @@ def take_statistics(
     for expert, own in zip(opened, readings, strict=True):
         own.examples_of(expert)
     model: Any = base.load(asked.dtype or "float32")
+    if kind not in OF_INPUTS:
+        put_task_heads(model, opened)
     examples = []
     for expert, own in zip(opened, readings, strict=True):
         own.data.fit_context(context_length(model))

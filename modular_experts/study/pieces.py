@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from modular_experts.base import Base
+from modular_experts.language_model import is_classifier
 from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.library.statistics import OF_INPUTS
@@ -51,8 +52,11 @@ class _Plan:
         of_seeds = {seed: study.at(seed) for seed in study.seeds}
         same = all((other.base, other.tasks) == (study.base, study.tasks) for other in of_seeds.values())
         for number, (seed, self.study) in enumerate(of_seeds.items()):
-            self.base = Base.open(self.study.base).identity
-            if not same:
+            opened = Base.open(self.study.base)
+            self.base = opened.identity
+            if is_classifier(opened.structure.model):
+                pass  # without experts it has no task head
+            elif not same:
                 self._test_base((BASE, seed), seed)
             elif number == 0:
                 self._test_base((BASE,), None)

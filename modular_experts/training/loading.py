@@ -19,7 +19,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
 from modular_experts.injection.save import place_of_model
 from modular_experts.injection.sharded import reshard
-from modular_experts.injection.task_heads import put_task_heads
+from modular_experts.injection.task_heads import TaskHeads, put_task_heads
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
 
@@ -56,7 +56,8 @@ def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | Non
 
 def check_given(model: nn.Module, base: Base, trains: bool) -> None:
     """Raise if a model in memory holds experts, or is not its base."""
-    if trains and (there := len(named_experts(model))):
+    there = sum(not isinstance(expert, TaskHeads) for _, expert in named_experts(model))
+    if trains and there:
         raise ValueError(
             f"the model holds {there} experts already; fit their module again to train them further, or take "
             "them out with modular_experts.eject(model)"

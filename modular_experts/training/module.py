@@ -44,7 +44,7 @@ from modular_experts.injection import (
 )
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
-from modular_experts.injection.task_heads import new_task_heads
+from modular_experts.injection.task_heads import trained_task_heads
 from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.library.record import Record
@@ -276,7 +276,7 @@ class ExpertModule(EvaluatedModule):
         if self.has_experts:
             inject(model, self.planned_experts, self.modules_pattern)
             if is_classifier(model):
-                new_task_heads(model, source_of(loading.trainer_of(self)).classes)
+                trained_task_heads(model, source_of(loading.trainer_of(self)).classes)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         self._start = start_of(model) if self.preferences else {}

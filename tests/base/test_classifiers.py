@@ -11,18 +11,24 @@ from testbed.peft_adapters import PEFT_WARNINGS
 from tokenizers.processors import TemplateProcessing
 
 from modular_experts import (
+    ATLAS,
     FullExpert,
     LoRAExpert,
     MaskedExpert,
     SparseExpert,
     TaskMixture,
+    adapt,
     apply,
+    combine,
+    distill_into,
     evaluate,
     fit,
     generate,
     merge,
     open_expert,
     route,
+    search,
+    shrink,
 )
 from modular_experts.__main__ import main
 from modular_experts.base import Base
@@ -34,7 +40,9 @@ from modular_experts.evaluation.streaming import Conversation
 from modular_experts.injection import find_sites
 from modular_experts.injection.attach import attached
 from modular_experts.injection.task_heads import _NAMES, TaskHeads, class_name, class_number, head_state
+from modular_experts.library.form import Form
 from modular_experts.library.state import task_of_head
+from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.remove import remove
 from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.gates import reading
@@ -267,3 +275,30 @@ def test_two_names_of_one_number_are_refused(monkeypatch) -> None:
     monkeypatch.setitem(_NAMES, number, "another")
     with pytest.raises(ValueError, match="the classes 'another' and 'one' have the same checksum"):
         class_number("one")
+
+
+def test_one_expert_learns_what_all_predict(base, data, library, tmp_path) -> None:
+    experts = [library / task for task in WORDS]
+    how = {"steps": 60, "trainer": QUIET, "learning_rate": 0.01, "batch_size": 8}
+    made = distill_into(experts, tmp_path / "one", LoRAExpert, "all-linear", data, **how)
+    assert head_state([made]).keys() == head_state([open_expert(place) for place in experts]).keys()
+    merged = merge(experts, "SparseAverage", tmp_path / "merged")
+    table = evaluate(None, {"one": str(made.path), "merged": str(merged.path)}, TaskMixture(data))
+    assert table.mean("loss", model="one") < table.mean("loss", model="merged")
+
+
+def test_searches_choices_and_smaller_forms_keep_the_heads(base, data, library, tmp_path) -> None:
+    experts = [open_expert(library / task) for task in WORDS]
+    mixture = TaskMixture(data)
+    found = search(experts, ATLAS(steps=4), ValidationRows(mixture, rows=4), tmp_path / "searched")
+    assert head_state([found.expert]).keys() == head_state(experts).keys()
+    (small,) = shrink([experts[0]], ValidationRows(TaskMixture(data[0])), tmp_path / "small", Form("bfloat16"), bound=9)
+    assert all(torch.equal(head_state([small.expert])[name], of) for name, of in head_state([experts[0]]).items())
+    with pytest.raises(ValueError, match="classifies by task heads, and no expert has one for a new task; train one"):
+        adapt(experts[:2], data[2], tmp_path / "adapted")
+
+
+def test_combine_compares_ways_on_rows(base, data, library, tmp_path) -> None:
+    done = combine([library / task for task in WORDS], tmp_path / "combined", TaskMixture(data))
+    assert len(done.ways) > 1
+    assert all(way.kept > 0 for way in done.ways)
