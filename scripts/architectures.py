@@ -25,7 +25,7 @@ from modular_experts.injection import expert_layers, find_sites, inject
 from modular_experts.injection.inject import other_sites
 from modular_experts.injection.routed import routed
 from modular_experts.injection.save import save_expert
-from modular_experts.language_model import language_model
+from modular_experts.language_model import is_classifier, language_model
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.merging.merged import merge
 
@@ -83,6 +83,22 @@ _BART = {"vocab_size": 96, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id":
 _BART |= {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 256}
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 
+_BERT = _VOCABULARY | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT |= {"max_position_embeddings": 256, "embedding_size": 32}
+CLASSIFIERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "BERT": ("bert", _BERT),
+    "RoBERTa": ("roberta", _BERT),
+    "XLM-RoBERTa": ("xlm-roberta", _BERT),
+    "DistilBERT": ("distilbert", _VOCABULARY | {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}),
+    "ALBERT": ("albert", _BERT),
+    "ELECTRA": ("electra", _BERT),
+    "DeBERTa v3": ("deberta-v2", _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "MPNet": ("mpnet", _BERT),
+    "ModernBERT": ("modernbert", _BERT | {"cls_token_id": 2, "sep_token_id": 3}),
+    "Llama that classifies": ("llama", USUAL),
+    "Qwen3 that classifies": ("qwen3", USUAL),
+}
+
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama": ("llama", USUAL),
     "Mistral": ("mistral", USUAL),
@@ -131,6 +147,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "T5 1.1, FLAN-T5": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "BART": ("bart", _BART),
     "Pegasus": ("pegasus", _BART),
+    **CLASSIFIERS,
     **{family: (kind, {"text_config": text, **TOWERS}) for family, (kind, text) in WRAPPERS.items()},
 }
 """The model type and the settings of a tiny base of each family."""
@@ -195,6 +212,10 @@ def tiny_base(family: str, place: Path) -> Base:
     whole: Any = transformers.AutoModelForImageTextToText if family in WRAPPERS else transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
         whole = transformers.AutoModelForSeq2SeqLM
+    elif family.endswith("that classifies"):
+        whole = transformers.AutoModelForSequenceClassification
+    elif family in CLASSIFIERS:
+        whole = transformers.AutoModelForMaskedLM
     whole.from_config(config).eval().save_pretrained(place)
     return Base.open(place)
 
@@ -265,6 +286,13 @@ def _steps(base: Base, folder: Path) -> Iterator[tuple[str, str]]:
         yield step, " ".join(str(error).split())
 
 
+def _loss(model: Any) -> torch.Tensor:
+    """Return the model's own loss, or for a classifier, which learns by a task's head, a number of its vectors."""
+    if is_classifier(model):
+        return model(input_ids=IDS).logits.pow(3).mean()
+    return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+
 def _trained(base: Base, kind: str, place: Path) -> torch.Tensor:
     model = base.load()
     torch.manual_seed(0)
@@ -272,7 +300,7 @@ def _trained(base: Base, kind: str, place: Path) -> torch.Tensor:
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
     model.train()
     for _ in range(2):
-        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        _loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
     save_expert(model, place, base=base)
@@ -290,7 +318,7 @@ def _trained_others(base: Base, place: Path) -> torch.Tensor:
     }
     inject(model, lambda sites: plan)
     for one in (model, dense):
-        one(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        _loss(one).backward()
     for name, layer in expert_layers(model):
         expert, wanted = layer.expert, dense.get_parameter(name).grad
         if wanted is None:

@@ -14,11 +14,15 @@ POOLED = "task_heads"
 
 
 class HeadPlace(nn.Module):
-    """Stands where the model's last layer gives logits; it passes vectors of size `width` on, and experts classify."""
+    """Stands where the model's last layer gives logits; it passes vectors of size `width` on, and experts classify.
 
-    def __init__(self, width: int) -> None:
+    `bias` tells whether a task head has one there.
+    """
+
+    def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()
         self.width = width
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -29,18 +33,23 @@ class _Classifier:
 
     head_place: str
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **more: Any
+    ) -> Any:
         """Return an output of transformers, whose `logits` are `(rows, classes)`, without heads `(rows, width)`."""
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[misc]
+        given = {name: value for name, value in more.items() if value is not None}
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)  # type: ignore[misc]
 
 
 class _MeanOfTokens(_Classifier):
     """An encoder without a head: the mean of the last hidden states over the tokens is what heads classify."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **more: Any
+    ) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        hidden: Tensor = super().forward(input_ids, attention_mask).last_hidden_state
+        hidden: Tensor = super().forward(input_ids, attention_mask, **more).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = mask.to(hidden.dtype)[..., None]
         pooled = (hidden * weights).sum(1) / weights.sum(1)
@@ -81,7 +90,7 @@ class AutoClassifier:
             if getattr(model, "pooler", None) is not None:
                 model.pooler = None
             place = POOLED
-            width = model.config.hidden_size
+            stands = HeadPlace(model.config.hidden_size)
             mixin: type = _MeanOfTokens
         else:
             inside = {id(module) for module in model.base_model.modules()}
@@ -93,10 +102,10 @@ class AutoClassifier:
             if not last or last[-1][1].out_features != model.config.num_labels:
                 raise ValueError(f"{kind.__name__} has no last linear layer that gives the logits of classes")
             place, layer = last[-1]
-            width = layer.in_features
+            stands = HeadPlace(layer.in_features, layer.bias is not None)
             mixin = _Classifier
         parent, _, own = place.rpartition(".")
-        setattr(model.get_submodule(parent), own, HeadPlace(width))
+        setattr(model.get_submodule(parent), own, stands)
         # The same object with the same name of its class, as `injection` does with layers.
         model.__class__ = type(kind.__name__, (mixin, kind), {"head_place": place, "__module__": kind.__module__})
         return model

@@ -46,13 +46,14 @@ class TaskHeads(ModuleExpert):
     Args:
         width: The size of the vectors that it classifies.
         classes: The names of each task's classes.
+        bias: Whether each Linear has a bias.
     """
 
-    def __init__(self, width: int, classes: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, width: int, classes: Mapping[str, Sequence[str]], bias: bool = True) -> None:
         super().__init__()
         self.tasks = sorted(classes)
         self.classes = {task: list(classes[task]) for task in self.tasks}
-        self.heads = nn.ModuleList(nn.Linear(width, len(self.classes[task])) for task in self.tasks)
+        self.heads = nn.ModuleList(nn.Linear(width, len(self.classes[task]), bias) for task in self.tasks)
         numbers = {task: [class_number(name) for name in names] for task, names in self.classes.items()}
         self._numbers = sorted({number for own in numbers.values() for number in own})
         places = {number: place for place, number in enumerate(self._numbers)}
@@ -123,9 +124,9 @@ class TaskHeads(ModuleExpert):
             if name.endswith(".classes"):
                 classes[task_of_head(name)] = json.loads(bytes(tensor.tolist()))
         width = next(tensor.shape[1] for name, tensor in state.items() if name.endswith(".weight"))
-        made = cls(width, classes)
+        made = cls(width, classes, bias=any(name.endswith(".bias") for name in state))
         for task, head in zip(made.tasks, made.heads, strict=True):
-            head.load_state_dict({name: state[f"{TASK_HEAD}{task}.{name}"] for name in ("weight", "bias")})
+            head.load_state_dict({name: state[f"{TASK_HEAD}{task}.{name}"] for name in head.state_dict()})
         return made
 
 
@@ -144,7 +145,7 @@ def trained_task_heads(model: nn.Module, classes: Mapping[str, Sequence[str]]) -
     if heads is None or (classes and heads.classes != {task: list(names) for task, names in classes.items()}):
         if not classes:
             raise ValueError("a classifier learns the classes of its tasks, and the data name none; give a TaskMixture")
-        _put(model, TaskHeads(place.width, classes))
+        _put(model, TaskHeads(place.width, classes, place.bias))
     task_heads(model).requires_grad_(True)
 
 
@@ -203,3 +204,18 @@ def check_task_heads(experts: Sequence[StoredExpert], tasks: Sequence[str]) -> N
             f"no expert has a task head for {missing[0]}, without which a classifier cannot answer it; leave the task "
             "out, or name an expert that was trained on it"
         )
+
+
+def state_of_head(model: Any, head: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return the state of an expert with a trained last layer: its weight `(classes, width)` and perhaps its bias.
+
+    The classes have the names in the configuration of the model, if it has as many, or LABEL_0, LABEL_1, ...
+    """
+    if len(tasks) != 1:
+        raise ValueError(f"the adapter has one task head, and the tasks are {', '.join(tasks)}; name the head's task")
+    count = len(head["weight"])
+    known: Mapping[int, str] = model.config.id2label if len(model.config.id2label) == count else {}
+    classes = [known.get(number, f"LABEL_{number}") for number in range(count)]
+    heads = TaskHeads(_place(model).width, {tasks[0]: classes}, "bias" in head)
+    heads.heads[0].load_state_dict({name: tensor.float() for name, tensor in head.items()})
+    return {f"{model.head_place}/{name}": tensor for name, tensor in heads.state().items()}

@@ -1,6 +1,6 @@
 """Compare a fine-tuned checkpoint with its base, weight by weight, and hold what another tool trained as deltas."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,13 @@ from modular_experts.text import did_you_mean
 class ImportedAdapter:
     """The deltas of another tool's fine-tuning by the names of weights in the loaded base, and facts of its files.
 
-    An iteration over the deltas can be repeated.
+    An iteration over the deltas can be repeated. `head` has weight and bias of a classifier's last layer.
     """
 
     deltas: Iterable[tuple[str, Delta]]
     kind: str
     settings: Facts = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_full_checkpoint(

@@ -11,6 +11,7 @@ from pathlib import Path
 from modular_experts.base import Base
 from modular_experts.base.files import found_or_fetched, weight_files
 from modular_experts.deltas import Delta
+from modular_experts.injection.task_heads import state_of_head
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
 from modular_experts.interop.peft import read_peft
 from modular_experts.interop.peft.asked import AskedDeltas
@@ -75,10 +76,10 @@ def import_expert(
         if isinstance(imported.deltas, CheckpointDeltas | AskedDeltas):
             origin.update(imported.deltas.record())
 
-    record = make_record(
-        imported.kind, opened.facts, hyperparameters=imported.settings, tasks=tasks or [Path(out).name]
-    )
-    write_expert(out, checked(), record | {"source": origin}, overwrite)
+    of_tasks = list(tasks) or [Path(out).name]
+    record = make_record(imported.kind, opened.facts, hyperparameters=imported.settings, tasks=of_tasks)
+    state = state_of_head(opened.structure.model, imported.head, of_tasks) if imported.head else None
+    write_expert(out, checked(), record | {"source": origin}, overwrite, state=state)
     return open_expert(out)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import peft
 import pytest
 import torch
 import transformers
@@ -22,6 +23,7 @@ from modular_experts import (
     combine,
     distill_into,
     evaluate,
+    export,
     fit,
     generate,
     merge,
@@ -133,7 +135,7 @@ def test_losses_and_answers_are_those_of_each_text_alone(base, data, library) ->
             prompt = example.tokens.ids[None, : example.tokens.prompt].long()
             assert int(prompt[0, -1]) == 1  # a special token that the tokenizer adds
             vectors = vectors_of(model, prompt)
-            logits = vectors @ state["weight"].double().T + state["bias"].double()
+            logits = vectors @ state["weight"].double().T + state.get("bias", torch.zeros(3)).double()
             wanted = -logits.log_softmax(-1)[names.index(example.target)]
             assert int(count) == 1
             torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-9)
@@ -186,7 +188,9 @@ def test_a_merge_keeps_the_heads_of_all_tasks_unmerged(base, data, library, tmp_
     # An expert of one task takes the heads of the others for their tasks.
     table = evaluate(None, {"merged": str(merged.path), "colour": str(library / "colour")}, TaskMixture(data))
     alone = evaluate(None, {"colour": str(library / "colour")}, TaskMixture(data[0]))
-    assert table.mean("loss", model="colour", task="colour") == alone.mean("loss", model="colour")
+    assert table.mean("loss", model="colour", task="colour") == pytest.approx(
+        alone.mean("loss", model="colour"), rel=1e-6
+    )
     merge(experts, "TaskArithmetic", tmp_path / "sum")
     table = evaluate(None, {"written": str(tmp_path / "sum"), "added": experts}, TaskMixture(data))
     assert table.mean("loss", model="written") == pytest.approx(table.mean("loss", model="added"), rel=1e-4)
@@ -302,3 +306,48 @@ def test_combine_compares_ways_on_rows(base, data, library, tmp_path) -> None:
     done = combine([library / task for task in WORDS], tmp_path / "combined", TaskMixture(data))
     assert len(done.ways) > 1
     assert all(way.kept > 0 for way in done.ways)
+
+
+@pytest.fixture(scope="module")
+def classifying(tmp_path_factory):
+    """A base whose class has a last layer, and its model with three classes in transformers alone."""
+    place = build("llama", tmp_path_factory.mktemp("peft") / "base")
+    return place, lambda: CLASSIFYING.from_pretrained(place, num_labels=3, ignore_mismatched_sizes=True).eval()
+
+
+def logits_with(base, expert, text, tasks):
+    opened = Base.open(base)
+    ids = opened.tokenizer()(text, return_tensors="pt")["input_ids"]
+    with attached(model := opened.load("float32"), expert), reading(tasks=tasks), torch.no_grad():
+        return ids, model(input_ids=ids).logits
+
+
+def test_an_exported_adapter_has_the_head_in_peft(classifying, data, tmp_path, caplog) -> None:
+    base, plain = classifying
+    how = {"steps": 10, "trainer": QUIET, "learning_rate": 0.02}
+    fit(base, TaskMixture(data[0], batch_size=8), LoRAExpert, "all-linear", tmp_path / "colour", **how)
+    export(tmp_path / "colour", tmp_path / "adapter")
+    assert "gives the logits of these classes: the blue, the green, the red" in caplog.text
+    ids, wanted = logits_with(base, open_expert(tmp_path / "colour"), "red colour 3", ["colour"])
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(plain(), tmp_path / "adapter")(input_ids=ids).logits
+    heads = TaskHeads(32, {"colour": ["the blue", "the green", "the red"]})
+    columns = heads.columns(torch.tensor([class_number(name) for name in heads.classes["colour"]]), ["colour"] * 3)
+    torch.testing.assert_close(found[0], wanted[0][columns], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_peft_trained_brings_its_head(classifying, tmp_path) -> None:
+    base, plain = classifying
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trained = peft.get_peft_model(plain(), config).eval()
+    torch.nn.init.normal_(trained.get_submodule("base_model.model.score.modules_to_save.default").weight)
+    trained.save_pretrained(tmp_path / "sounds")
+    expert = open_expert(tmp_path / "sounds", str(base))
+    ids, found = logits_with(base, expert, "loud sound 3", ["sounds"])
+    with torch.no_grad():
+        wanted = trained(input_ids=ids).logits
+    heads = TaskHeads(32, {"sounds": ["LABEL_0", "LABEL_1", "LABEL_2"]})
+    columns = heads.columns(torch.tensor([class_number(f"LABEL_{n}") for n in range(3)]), ["sounds"] * 3)
+    torch.testing.assert_close(found[0][columns], wanted[0], rtol=1e-5, atol=1e-6)
+    assert generate(None, "loud sound 3", [expert]) == f"LABEL_{int(wanted.argmax())}"

@@ -8,7 +8,7 @@ import importlib
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -77,20 +77,24 @@ class AdapterFiles:
         left_out = _ABOUT - {"target_modules", "peft_version"}
         return {name: value for name, value in self.config.items() if name not in left_out and value not in NOT_SET}
 
-    def obstacle(self) -> str | None:
-        """Return why this is not a plain LoRA, which needs no PEFT: its type, a setting or a tensor."""
+    def obstacle(self, head: Container[str] = ()) -> str | None:
+        """Return why this is not a plain LoRA, which needs no PEFT: its type, a setting or a tensor.
+
+        The tensors `head` of a classifier's last layer may lie beside it.
+        """
         file = self.directory / CONFIG_FILE
         kind = self.config.get("peft_type")
         if kind != "LORA":
             return f"{file} has peft_type {kind!r}, which cannot be read"
         for field, value in self.config.items():
-            known = value in NOT_SET or field in _ABOUT | _LORA
+            known = value in NOT_SET or field in _ABOUT | _LORA or (head and field == "modules_to_save")
             if not known or (field == "bias" and value != "none"):
                 return f"{file} sets {field} to {value!r}, which may move weights and cannot be read"
         start = self.config.get("init_lora_weights")
         if start not in _HARMLESS_STARTS:
             return f"{file} sets init_lora_weights to {start!r}, which may have changed the base and cannot be read"
-        others = [key for key in self.tensors if not key.endswith(tuple(f".{suffix}" for suffix in LORA_TENSORS))]
+        of_lora = tuple(f".{suffix}" for suffix in LORA_TENSORS)
+        others = [key for key in self.tensors if key not in head and not key.endswith(of_lora)]
         return f"{self.file} holds {others[0]}, which cannot be read" if others else None
 
     @cached_property

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.base.structure import is_transposed
@@ -13,7 +13,7 @@ from modular_experts.deltas import LowRank
 from modular_experts.interop.full_checkpoint import ImportedAdapter
 from modular_experts.interop.peft.asked import ask_peft
 from modular_experts.interop.peft.files import LORA_TENSORS, AdapterFiles
-from modular_experts.language_model import layers_of
+from modular_experts.language_model import is_classifier, layers_of
 from modular_experts.text import did_you_mean
 
 
@@ -34,15 +34,25 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
     """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
     opened = Base.open(base or files.base, revision=None if base else files.revision)
-    if files.obstacle():
+    head = _head_of(files, opened)
+    if files.obstacle([f"{opened.structure.model.head_place}.{name}" for name in head] if head else ()):
         return ask_peft(files, opened)
-    deltas = list(_lora_deltas(files, opened))
-    return ImportedAdapter(deltas, "LORA", files.settings())
+    tensors = {name: tensor for name, tensor in files.tensors.items() if name.endswith(LORA_TENSORS)}
+    deltas = list(_lora_deltas(files, opened, tensors))
+    return ImportedAdapter(deltas, "LORA", files.settings(), head)
 
 
-def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank]]:
+def _head_of(files: AdapterFiles, base: Base) -> dict[str, Tensor]:
+    """Return weight and bias of the last layer of a classifier, by their names in it, if PEFT saved it."""
+    model = base.structure.model
+    if not is_classifier(model) or "modules_to_save" not in files.config:
+        return {}
+    place = f"{model.head_place}."
+    return {name.removeprefix(place): of for name, of in files.tensors.items() if name.startswith(place)}
+
+
+def _lora_deltas(files: AdapterFiles, base: Base, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, LowRank]]:
     structure = base.structure
-    tensors = files.tensors
     endings = rf"\.({'|'.join(map(re.escape, LORA_TENSORS))})$"
     names = sorted({re.sub(endings, "", key) for key in tensors})
     layers = layers_of(names, structure.model)

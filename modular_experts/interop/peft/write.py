@@ -1,6 +1,7 @@
 """Write an expert as a PEFT adapter, with a manifest, and verify it by loading it again before it takes its place."""
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,25 +13,30 @@ from pydoc import locate
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
+from modular_experts.base.classifier import POOLED
 from modular_experts.base.files import MANIFEST, quiet_transformers, write_manifest
 from modular_experts.base.structure import Structure, split_slice
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
+from modular_experts.injection.task_heads import head_state
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE, import_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, matrices
-from modular_experts.language_model import renamed
+from modular_experts.language_model import is_classifier, renamed
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import Record, plain
+from modular_experts.library.state import task_of_head
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 Encoded = Mapping[str, EncodedWeight]
 
@@ -120,6 +126,9 @@ def export(
             whole = Structure(cast("PreTrainedModel", opened_base.wrapper))
             as_whole = {renamed(name, opened_base.structure.model, whole.model): encoded[name] for name in encoded}
             _write_files(directory, opened_base, whole, format, as_whole)
+        head = _head_of(opened, opened_base)
+        if head and not write:
+            _write_files(directory, opened_base, opened_base.structure, format, encoded, head)
         if write:
             write(directory, opened_base, format, encoded)
         written = WrittenAdapter(encoded, check)
@@ -139,15 +148,48 @@ def _write_peft(
     return _verify(base, directory, deltas, approximated, tolerance)
 
 
-def _write_files(directory: Path, base: Base, structure: Structure, format: PeftFormat, encoded: Encoded) -> None:
+def _head_of(expert: StoredExpert, base: Base) -> dict[str, Tensor]:
+    """Return weight and bias of the one task head that an adapter can have, by their names in the model of PEFT."""
+    state = head_state([expert])
+    tasks = list(dict.fromkeys(task_of_head(name) for name in state))
+    model = base.structure.model
+    if not tasks:
+        return {}
+    if len(tasks) > 1 or model.head_place == POOLED:
+        text = (
+            "the adapter has no task head: PEFT has a place for one, on a class such as LlamaForSequenceClassification"
+        )
+        log.warning(text)
+        return {}
+    of_head = {name.rpartition(".")[2]: tensor for name, tensor in state.items()}
+    names = ", ".join(json.loads(bytes(of_head.pop("classes").tolist())))
+    log.warning("the adapter's task head gives the logits of these classes: %s", names)
+    return {f"{model.head_place}.{name}": tensor for name, tensor in of_head.items()}
+
+
+def _task_type(model: Any) -> str:
+    """Return what PEFT calls the task of a base."""
+    if is_classifier(model):
+        return "FEATURE_EXTRACTION" if model.head_place == POOLED else "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _write_files(
+    directory: Path,
+    base: Base,
+    structure: Structure,
+    format: PeftFormat,
+    encoded: Encoded,
+    head: Mapping[str, Tensor] | None = None,
+) -> None:
     config = {
         "peft_type": format.peft_type,
-        "task_type": "SEQ_2_SEQ_LM" if structure.model.config.is_encoder_decoder else "CAUSAL_LM",
+        "task_type": _task_type(structure.model),
         "base_model_name_or_path": base.place,
         "revision": base.revision,
         "inference_mode": True,
         "target_modules": list(dict.fromkeys(_module_of(n) for n in encoded if split_slice(n)[1] is None)),
-        "modules_to_save": None,
+        "modules_to_save": sorted({_module_of(name).rpartition(".")[2] for name in head}) if head else None,
         **format.configuration({name: structure.layer(name) for name in encoded}, encoded),
     }
     text = json.dumps(plain(config), indent=2, sort_keys=True)
@@ -157,6 +199,7 @@ def _write_files(directory: Path, base: Base, structure: Structure, format: Peft
         for name, weight in encoded.items()
         for suffix, tensor in weight.tensors.items()
     }
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in (head or {}).items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, structure).items()}
     save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
 
