@@ -63,6 +63,7 @@ BASES = {
     "distilbert": ("distilbert", CLASSIFYING),
     "llama": ("llama", CLASSIFYING),
 }
+TWO = pytest.mark.parametrize("base", ["bert", "llama"], indirect=True)
 WORDS = {"colour": ("red", "green", "blue"), "size": ("big", "small"), "sound": ("loud", "soft", "quiet")}
 
 
@@ -153,6 +154,7 @@ def vectors_of(model, prompt):
         return torch.relu(model.pre_classifier(hidden[0])) if hasattr(model, "pre_classifier") else hidden[-1]
 
 
+@TWO
 def test_training_learns_each_kind_of_expert(base, data, tmp_path) -> None:
     for kind in (SparseExpert, FullExpert, MaskedExpert, LoRAExpert):
         mixture = TaskMixture(data[0], batch_size=8)
@@ -162,6 +164,7 @@ def test_training_learns_each_kind_of_expert(base, data, tmp_path) -> None:
         assert open_expert(tmp_path / kind.__name__).record["kind"] == kind.__name__
 
 
+@TWO
 def test_one_expert_learns_several_tasks_and_answers_each_by_its_own_head(base, data, tmp_path) -> None:
     mixture = TaskMixture(data, batch_size=8)
     fit(base, mixture, LoRAExpert, "all-linear", tmp_path / "all", steps=90, trainer=QUIET, learning_rate=0.005)
@@ -178,6 +181,7 @@ def test_one_expert_learns_several_tasks_and_answers_each_by_its_own_head(base, 
         evaluate(None, {"all": str(tmp_path / "all")}, TaskMixture(tmp_path / "colour.jsonl"))
 
 
+@TWO
 def test_a_merge_keeps_the_heads_of_all_tasks_unmerged(base, data, library, tmp_path) -> None:
     experts = [open_expert(library / task) for task in WORDS]
     merged = merge(experts, "SparseAverage", tmp_path / "merged")
@@ -188,9 +192,8 @@ def test_a_merge_keeps_the_heads_of_all_tasks_unmerged(base, data, library, tmp_
     # An expert of one task takes the heads of the others for their tasks.
     table = evaluate(None, {"merged": str(merged.path), "colour": str(library / "colour")}, TaskMixture(data))
     alone = evaluate(None, {"colour": str(library / "colour")}, TaskMixture(data[0]))
-    assert table.mean("loss", model="colour", task="colour") == pytest.approx(
-        alone.mean("loss", model="colour"), rel=1e-6
-    )
+    own = alone.mean("loss", model="colour")
+    assert table.mean("loss", model="colour", task="colour") == pytest.approx(own, rel=1e-6)
     merge(experts, "TaskArithmetic", tmp_path / "sum")
     table = evaluate(None, {"written": str(tmp_path / "sum"), "added": experts}, TaskMixture(data))
     assert table.mean("loss", model="written") == pytest.approx(table.mean("loss", model="added"), rel=1e-4)
@@ -198,6 +201,7 @@ def test_a_merge_keeps_the_heads_of_all_tasks_unmerged(base, data, library, tmp_
     assert {task_of_head(name) for name in head_state([left])} == {"size", "sound"}
 
 
+@TWO
 def test_a_route_answers_as_the_expert_of_each_row(base, data, library) -> None:
     mixture = TaskMixture(data)
     made = route([library / task for task in WORDS], library / "routed", Centroid(reject=None), data=mixture)
@@ -225,12 +229,14 @@ def test_gram_matrices_are_of_the_prompts_alone(base, data) -> None:
         torch.testing.assert_close(found[name].values, rows.T @ rows / len(rows))
 
 
+@TWO
 def test_a_checkpoint_of_the_merge_loads_with_transformers(base, data, library, tmp_path, caplog) -> None:
     assert apply([library / "colour"], tmp_path / "full").largest_difference < 1e-5
     assert "the checkpoint has no task heads: they stay with the experts" in caplog.text
     assert Base.open(tmp_path / "full").structure.architecture == Base.open(base).structure.architecture
 
 
+@TWO
 def test_generate_names_the_class_and_its_probability(base, data, library, tmp_path, capsys) -> None:
     assert main(["generate", "--experts", str(library / "size"), "small size 4"]) == 0
     answer, share = capsys.readouterr().out.strip().rsplit(" ", 1)
@@ -281,6 +287,7 @@ def test_two_names_of_one_number_are_refused(monkeypatch) -> None:
         class_number("one")
 
 
+@TWO
 def test_one_expert_learns_what_all_predict(base, data, library, tmp_path) -> None:
     experts = [library / task for task in WORDS]
     how = {"steps": 60, "trainer": QUIET, "learning_rate": 0.01, "batch_size": 8}
@@ -291,6 +298,7 @@ def test_one_expert_learns_what_all_predict(base, data, library, tmp_path) -> No
     assert table.mean("loss", model="one") < table.mean("loss", model="merged")
 
 
+@TWO
 def test_searches_choices_and_smaller_forms_keep_the_heads(base, data, library, tmp_path) -> None:
     experts = [open_expert(library / task) for task in WORDS]
     mixture = TaskMixture(data)
@@ -302,6 +310,7 @@ def test_searches_choices_and_smaller_forms_keep_the_heads(base, data, library, 
         adapt(experts[:2], data[2], tmp_path / "adapted")
 
 
+@TWO
 def test_combine_compares_ways_on_rows(base, data, library, tmp_path) -> None:
     done = combine([library / task for task in WORDS], tmp_path / "combined", TaskMixture(data))
     assert len(done.ways) > 1

@@ -156,10 +156,8 @@ def _head_of(expert: StoredExpert, base: Base) -> dict[str, Tensor]:
     if not tasks:
         return {}
     if len(tasks) > 1 or model.head_place == POOLED:
-        text = (
-            "the adapter has no task head: PEFT has a place for one, on a class such as LlamaForSequenceClassification"
-        )
-        log.warning(text)
+        text = "the adapter goes without task heads: PEFT has a place for one, on a class such as %s"
+        log.warning(text, "LlamaForSequenceClassification")
         return {}
     of_head = {name.rpartition(".")[2]: tensor for name, tensor in state.items()}
     names = ", ".join(json.loads(bytes(of_head.pop("classes").tolist())))
