@@ -6,10 +6,8 @@ import math
 import peft
 import pytest
 import torch
-import transformers
-from conftest import SIZES, build_tokenizer
+from testbed.classifiers import BASES, CLASSIFYING, build
 from testbed.peft_adapters import PEFT_WARNINGS
-from tokenizers.processors import TemplateProcessing
 
 from modular_experts import (
     ATLAS,
@@ -52,33 +50,8 @@ from modular_experts.routing.gates import reading
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-ENCODER = SIZES | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-ENCODER |= {"max_position_embeddings": 128, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
-AUTO, CLASSIFYING = transformers.AutoModel, transformers.AutoModelForSequenceClassification
-MASKED = transformers.AutoModelForMaskedLM
-# The type of a model, and the class that its checkpoint was written by.
-BASES = {
-    "bert": ("bert", AUTO),
-    "roberta": ("roberta", MASKED),
-    "distilbert": ("distilbert", CLASSIFYING),
-    "llama": ("llama", CLASSIFYING),
-}
 TWO = pytest.mark.parametrize("base", ["bert", "llama"], indirect=True)
 WORDS = {"colour": ("red", "green", "blue"), "size": ("big", "small"), "sound": ("loud", "soft", "quiet")}
-
-
-def build(name, place):
-    kind, auto = BASES[name]
-    torch.manual_seed(0)
-    model = auto.from_config(transformers.AutoConfig.for_model(kind, **ENCODER)).eval()
-    model.save_pretrained(place)
-    tokenizer = build_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<eos> $A <eos>", special_tokens=[("<eos>", 1)]
-    )
-    tokenizer.model_max_length = 100
-    tokenizer.save_pretrained(place)
-    return place
 
 
 def rows_of(task, split, count, offset=0):

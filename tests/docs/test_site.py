@@ -24,6 +24,7 @@ from typing import NamedTuple
 import generate_docs
 import pytest
 import yaml
+from testbed.classifiers import build
 from testbed.documents import ROOT, commands, few_examples, run_page, short, titled_blocks
 from testbed.here import STUDY, work_here
 from testbed.scripts import run_script
@@ -70,6 +71,7 @@ def walk(tmp_path_factory, tiny_llama_dir) -> Walk:
     place, printed = tmp_path_factory.mktemp("walk"), {}
     (place / ".cache").mkdir()
     (place / ".cache/smollm2").symlink_to(tiny_llama_dir)
+    build("bert", place / ".cache/minilm")
     configs = shutil.copytree(ROOT / "configs", place.with_name("configs"), copy_function=_short_copy)
     (place / "configs").symlink_to(configs)
     few_examples(place)
