@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import IGNORED, Example
+from modular_experts.data.chat import classifies
 from modular_experts.data.mixture import TaskMixture
 from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import OWN, SPLITS, Row, raise_for_bad_rows
 from modular_experts.data.tasks import Task, Tasks, repeats
+from modular_experts.injection.task_heads import class_name
 from modular_experts.library.atomic import new_file
 from modular_experts.places import check_free
 from modular_experts.reports.tables import Column, Line, Table, element, page
@@ -138,7 +140,8 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
     all_rows = [row for split_rows in rows.values() for row in split_rows]
     if not all_rows:
         raise ValueError(f"task {task.name!r} is held out and has no test rows; give some rows the split 'test'")
-    facts = [*_reading(task, all_rows[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
+    side = "end" if classifies(tokenize.tokenizer) else "start"
+    facts = [*_reading(task, all_rows[0], data), f"rows of at most {tokenize.limit}; a longer one loses its {side}"]
     if with_choices := [row for row in all_rows if row.choices]:
         such = shorten(" | ".join(with_choices[0].choices), 80)
         facts.append(f"{len(with_choices)} rows have choices to compare, or to prefer with `loss=DPO`: {such}")
@@ -170,6 +173,13 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     """Return the text of each token, and whether it is learned; of a long row, the tokens at both ends."""
     learned = (example.tokens.labels != IGNORED).tolist()
     ids = example.tokens.ids.tolist()
-    texts = [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+    texts = [
+        class_name(token) if learns and classifies(tokenizer) else _text(tokenizer, token)
+        for token, learns in zip(ids, learned, strict=True)
+    ]
     pairs = [(text.replace("\n", "\\n"), learns) for text, learns in zip(texts, learned, strict=True)]
     return pairs if len(pairs) <= 2 * EDGE else [*pairs[:EDGE], (" ... ", False), *pairs[-EDGE:]]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))

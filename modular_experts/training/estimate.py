@@ -112,6 +112,7 @@ def measure_fit(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> Fi
     # The short fit would log itself as the whole one.
     with logging_from(logging.ERROR, "modular_experts", "lightning.pytorch"):
         data.setup("fit")
+        module.classes = data.classes
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
         short, validation = _rehearsed(module, data, trainer, probe)

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -44,7 +44,7 @@ from modular_experts.injection import (
 )
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
-from modular_experts.injection.task_heads import trained_task_heads
+from modular_experts.injection.task_heads import task_heads, trained_task_heads
 from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.library.record import Record
@@ -191,6 +191,8 @@ class ExpertModule(EvaluatedModule):
         self._random_states: list[Record] | None = None
         self._state_of_step: Record | None = None
         self._resized = False
+        self.classes: Mapping[str, Sequence[str]] = {}
+        """The classes of each task for a base that classifies, if neither data nor a checkpoint tells them."""
         self.batch_losses: Callable[..., Any] = batch_losses
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
@@ -275,8 +277,11 @@ class ExpertModule(EvaluatedModule):
             recompute(model, self.offload_activations)
         if self.has_experts:
             inject(model, self.planned_experts, self.modules_pattern)
-            if is_classifier(model):
-                trained_task_heads(model, source_of(loading.trainer_of(self)).classes)
+            trainer = loading.trainer_of(self)
+            classes = source_of(trainer).classes or self.classes
+            # Without a trainer, a checkpoint that comes next may tell the classes.
+            if is_classifier(model) and (classes or trainer is not None):
+                trained_task_heads(model, classes)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         self._start = start_of(model) if self.preferences else {}
@@ -287,13 +292,16 @@ class ExpertModule(EvaluatedModule):
         self._given = []
         # Before a training, because an expert may count in an attribute.
         self._facts = checkpoints.trained_facts(model, self.applied_experts)
-        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._trained = self._names_of_trained()
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
         # A private name of torch 2.13, which its own `_set_params_and_buffers_to_ignore_for_model` sets.
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
+
+    def _names_of_trained(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one.
@@ -509,11 +517,18 @@ class ExpertModule(EvaluatedModule):
         state = self._state_of_step if is_within and self._state_of_step else checkpoints.random_state()
         checkpoint["random_states"] = of_all_ranks(self.trainer, state)
         checkpoint["resized"] = self._resized
+        if is_classifier(self.model):
+            checkpoint["classes"] = task_heads(self.model).classes
         checkpoint |= self._facts
 
     def on_load_checkpoint(self, checkpoint: Record) -> None:
         """Raise if the checkpoint was written with another base, other experts or settings, or others beneath."""
+        self.classes = checkpoint.get("classes", {})
         self.configure_model()
+        if self.classes and self.has_experts:
+            # A test may read some of the tasks alone.
+            trained_task_heads(self.model, self.classes)
+            self._trained = self._names_of_trained()
         trainer = loading.trainer_of(self)
         if trainer is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.

@@ -28,6 +28,7 @@ from modular_experts.data.batch import MOST_BATCHES, size_of
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length, expert_layers, extra_losses, inject, moves_tokens_alone
+from modular_experts.language_model import is_classifier
 from modular_experts.native.kernel import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.selection.mask_schedule import MaskSchedule
@@ -220,6 +221,8 @@ def _predictable_base(module: ExpertModule) -> Base:
     reason = ""
     if module.preferences:
         reason = "with a loss of preferences"
+    elif is_classifier(base.structure.model):
+        reason = "on a base that classifies"
     elif any(expert.is_routed for expert in applied):
         reason = "on top of a routed expert"
     elif method != "bitsandbytes" or (base.quantise or "").endswith("-torchao"):

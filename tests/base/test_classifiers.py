@@ -11,6 +11,7 @@ from testbed.peft_adapters import PEFT_WARNINGS
 
 from modular_experts import (
     ATLAS,
+    ExpertModule,
     FullExpert,
     LoRAExpert,
     MaskedExpert,
@@ -39,7 +40,7 @@ from modular_experts.evaluation.gram import gram
 from modular_experts.evaluation.streaming import Conversation
 from modular_experts.injection import find_sites
 from modular_experts.injection.attach import attached
-from modular_experts.injection.task_heads import _NAMES, TaskHeads, class_name, class_number, head_state
+from modular_experts.injection.task_heads import _NAMES, TaskHeads, class_name, class_number, head_state, task_heads
 from modular_experts.library.form import Form
 from modular_experts.library.state import task_of_head
 from modular_experts.merging.objective import ValidationRows
@@ -333,3 +334,27 @@ def test_an_adapter_that_peft_trained_brings_its_head(classifying, tmp_path) -> 
     columns = heads.columns(torch.tensor([class_number(f"LABEL_{n}") for n in range(3)]), ["sounds"] * 3)
     torch.testing.assert_close(found[0][columns], wanted[0], rtol=1e-5, atol=1e-6)
     assert generate(None, "loud sound 3", [expert]) == f"LABEL_{int(wanted.argmax())}"
+
+
+def test_a_checkpoint_brings_the_classes_of_its_tasks(tmp_path, data, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = build("bert", tmp_path / "base")
+    common = ["--base", str(base), "--expert", "LoRAExpert", "--modules", "all-linear"]
+    tasks = ["--tasks", *map(str, data[:2])]
+    assert main(["fit", *common, *tasks, "--steps", "4"]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert main(["test", "--base", str(base), "--tasks", str(data[1]), "--ckpt_path", str(checkpoint)]) == 0
+    how = {"base": str(base), "expert": LoRAExpert, "modules": "all-linear", "weights_only": True}
+    module = ExpertModule.load_from_checkpoint(checkpoint, **how)
+    assert {task: len(names) for task, names in task_heads(module.model).classes.items()} == {"colour": 3, "size": 2}
+    assert {name for name in module.state_dict() if "task_heads" in name} <= module._trained
+    # A fit goes on with the same heads, and a dry run makes its own.
+    assert main(["fit", *common, *tasks, "--steps", "6", "--ckpt_path", str(checkpoint), "--out", "library/more"]) == 0
+    assert main(["fit", *common, *tasks, "--steps", "6", "--dry_run"]) == 0
+    assert main(["fit", *common, *tasks, "--steps", "6", "--dry_run", "--fit_into", "1GB"]) == 1
+
+
+def test_look_shows_the_class_of_a_row(tmp_path, data, capsys) -> None:
+    base = build("bert", tmp_path / "base")
+    assert main(["look", "--base", str(base), "--tasks", str(data[0])]) == 0
+    assert "|[the red]" in capsys.readouterr().out
