@@ -244,8 +244,9 @@ class Base:
                 f"shape: {', '.join(absent[:4])}{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}"
             )
         keep_order(model)
-        if is_classifier(model) and model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer().pad_token_id
+        text_config = model.config.get_text_config()
+        if is_classifier(model) and text_config.pad_token_id is None:
+            text_config.pad_token_id = self.tokenizer().pad_token_id
         return model
 
     def check_loaded(self, model: nn.Module) -> None:

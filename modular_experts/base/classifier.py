@@ -1,5 +1,6 @@
 """Load models that classify texts, with a place for the task heads of experts (`experts/task_heads.py`)."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,7 @@ class _MeanOfTokens(_Classifier):
     ) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        hidden: Tensor = super().forward(input_ids, attention_mask, **more).last_hidden_state
+        hidden: Tensor = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = mask.to(hidden.dtype)[..., None]
         pooled = (hidden * weights).sum(1) / weights.sum(1)
@@ -85,6 +86,8 @@ class AutoClassifier:
         from transformers import AutoModel
 
         kind = type(model)
+        if missing := {"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters):
+            raise ValueError(f"{kind.__name__} takes no {missing.pop()}, which batches need; take another encoder")
         if self._auto is AutoModel:
             # A layer for the first token alone, which many checkpoints lack.
             if getattr(model, "pooler", None) is not None:

@@ -98,6 +98,8 @@ def verify(
         or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE))
     )
     if server:
+        if key:
+            raise UsageError("--key verifies signatures of files, and --server asks a server; give one of the two")
         return _verify_served(place, alone, server, base, tasks, dtype)
     if tasks or dtype != "float32":
         raise UsageError("--tasks and --dtype are for --server, which compares a server's answers; give its address")
@@ -149,7 +151,9 @@ def _verified(expert: StoredExpert, base: str | None, key: str | None) -> str:
     expert.verify()
     signed = ""
     if key is not None:
-        verify_signature(expert, key)
+        for member in [expert, *(open_parents(expert) if expert.is_routed else ())]:
+            member.verify()
+            verify_signature(member, key)
         signed = f"signed by the owner of {key}, "
     holds = f"{len(expert)} weights"
     if expert.is_routed:

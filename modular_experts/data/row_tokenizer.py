@@ -50,7 +50,10 @@ class RowTokenizer:
         self.limit = f"max_length={max_length}"
         """What bounds the tokens of a row, for sentences."""
         self._filled = f"{self.limit}; raise it"
-        if self.longest < max_length:
+        if classifies(tokenizer) and self.longest == tokenizer.model_max_length < max_length:
+            self.limit = f"the tokenizer's model_max_length of {self.longest} tokens"
+            self._filled = f"{self.limit}; shorten it"
+        elif self.longest < max_length:
             self.limit = f"the base's context of {context} tokens"
             self._filled = f"{self.limit}; shorten it"
         if self.longest < 3:
@@ -72,6 +75,12 @@ class RowTokenizer:
         that would be too long has fewer of them.
         """
         before = [list(own) for own in demonstrations] or [[] for _ in rows]
+        if classifies(self.tokenizer):
+            if any(before):
+                raise ValueError("a classifier reads a text and no demonstrations before it; leave shots out")
+            if any(row.messages for row in rows):
+                why = "a classifier answers a text with a class; write rows of input and target"
+                return [], 0, [f"{row.where}: {why}" for row in rows if row.messages]
         if talks := [row for row in rows if row.messages]:
             tokenize = ConversationTokenizer(self.tokenizer, self.longest, self._filled)
             pairs = zip(rows, before, strict=True)
@@ -88,7 +97,8 @@ class RowTokenizer:
         examples: list[Example] = []
         problems: list[str] = []
         cut = 0
-        for row, own, prompt, (target,), choices in zip(rows, before, prompts, targets, options, strict=True):
+        columns = zip(rows, texts, before, prompts, targets, options, strict=True)
+        for row, text, own, prompt, (target,), choices in columns:
             if row.target is None:
                 target = []
             answers = [target, *choices]
@@ -97,7 +107,7 @@ class RowTokenizer:
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
             # Every choice gets the same prompt, so that their scores can be compared.
-            kept = self._fitted(prompt, most, row.input)
+            kept = self._fitted(prompt, most, text)
             if not kept:
                 problems.append(f"{row.where}: the target or a choice fills {self._filled}")
                 continue

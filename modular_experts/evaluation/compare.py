@@ -30,6 +30,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.task_heads import check_task_heads
 from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_parents, warn_unlike_training
+from modular_experts.library.expert import stored_experts_of
 from modular_experts.library.result_key import result_key
 from modular_experts.places import check_free
 from modular_experts.reports import Results
@@ -144,7 +145,14 @@ def _scores(
     loaded = base.load(dtype)
     tokenizer = data.take_tokenizer(base)
     same: tuple[object, ...] = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
-    about_texts = [texts.digest] if texts else []
+    # A model without a head for a task takes the head of another model.
+    lent: list[StoredExpert] = []
+    if is_classifier(loaded):
+        lent = [expert for model in models for expert in stored_experts_of(model.experts)]
+        check_task_heads(lent, list(data.roles))
+        if texts:
+            raise ValueError("forgetting measures losses of texts, which a classifier does not predict; leave it out")
+    about_texts = [texts.digest] if texts else [expert.content_hash for expert in lent]
     functions = text_metrics(metrics)
     keys = {model.title: (result_key(*same, model.hashes, *about_texts),) for model in models}
     new = [model for model in models if keys[model.title] not in known]
@@ -158,11 +166,6 @@ def _scores(
             yield batch
             rows += len(batch["task"])
 
-    heads = {expert.content_hash: expert for model in models for expert in model.stored}
-    # A model without a head for a task takes the head of another model.
-    lent = list(heads.values()) if is_classifier(loaded) else []
-    if is_classifier(loaded):
-        check_task_heads(lent, list(data.roles))
     for model in new:
         model.check(loaded)
     scores: dict[str, Facts] = {}

@@ -51,6 +51,8 @@ def cut_answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]], most: int
 ) -> list[bool]:
     """Return of each answer whether the model's context ended it, before `most` tokens and without an end."""
+    if is_classifier(model):
+        return [False for _ in answers]
     _, rooms = answer_rooms(model, prompts_of(batch), most)
     ends = _ends(tokenizer, batch)
     return [
@@ -137,7 +139,7 @@ def classified(
     config: Any = model.config
     context = context_length(model)
     kept = [prompt if context is None else fitted(prompt, 0, context) for prompt in prompts]
-    ids = pad_sequence(kept, batch_first=True, padding_value=config.pad_token_id)
+    ids = pad_sequence(kept, batch_first=True, padding_value=config.get_text_config().pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in kept], batch_first=True)
     with evaluation_mode(model), reading(mask.bool(), tasks):
         likeliest = model(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).max(-1)

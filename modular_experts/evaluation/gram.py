@@ -45,7 +45,7 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
                     part(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                     continue
                 if is_classifier(model):
-                    read = encoder_inputs(batch, 0, model.config.pad_token_id)
+                    read = encoder_inputs(batch, 0, model.config.get_text_config().pad_token_id)
                     sums.start(read.mask)
                     with reading(tasks=batch["task"]):
                         part(read.ids, attention_mask=read.mask)
@@ -112,8 +112,8 @@ class _Sums:
     """The running sums of one pass over data."""
 
     def __init__(self) -> None:
-        # How many tokens each of the masks had, and the number of the mask by which each layer reads.
-        self.tokens = [0, 0]
+        # How many tokens each of the masks had, at last the rows, and the number of those that each layer reads.
+        self.tokens = [0, 0, 0]
         self.reads: dict[str, int] = {}
         self.totals: dict[str, Tensor] = {}
 
@@ -122,10 +122,17 @@ class _Sums:
         self._masks = masks
         for number, mask in enumerate(masks):
             self.tokens[number] += int(mask.sum())
+        self.tokens[2] += len(masks[0])
         self._last: tuple[Tensor, Tensor] | None = None
 
     def take(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0]
+        if inputs.shape[:-1] == self._masks[0].shape[:1]:
+            # The layers before a classifier's last one read a vector for each row.
+            self.reads[name] = 2
+            rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+            self._add(name, rows.T @ rows)
+            return
         fitting = [number for number, mask in enumerate(self._masks) if mask.shape == inputs.shape[:-1]]
         if not fitting and not all(bool(mask.all()) for mask in self._masks):
             raise ValueError(
@@ -138,7 +145,9 @@ class _Sums:
             rows = inputs.reshape(-1, inputs.shape[-1]) if bool(mask.all()) else inputs[mask]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._last = (inputs, rows.T @ rows)
-        product = self._last[1]
+        self._add(name, self._last[1])
+
+    def _add(self, name: str, product: Tensor) -> None:
         if name in self.totals:
             self.totals[name] += product
         else:

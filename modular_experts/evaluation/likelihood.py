@@ -64,7 +64,7 @@ def _inputs(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
         return {name: batch[name] for name in names if name in batch}, _predicted(batch)[1]
     config: Any = model.config
     if is_classifier(model):
-        divided = encoder_inputs(batch, 0, config.pad_token_id)
+        divided = encoder_inputs(batch, 0, config.get_text_config().pad_token_id)
         return {"input_ids": divided.ids, "attention_mask": divided.mask}, divided.labelled
     divided = encoder_inputs(batch, config.decoder_start_token_id)
     named = {"input_ids": divided.ids, "attention_mask": divided.mask, "decoder_input_ids": divided.decoder_ids}

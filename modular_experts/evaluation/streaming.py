@@ -204,7 +204,7 @@ def _class_of(
             reason = "no expert takes this prompt: "
     if len(tasks) != 1:
         names = ", ".join(heads)
-        raise ValueError(f"{reason}there are task heads for {names}; give the prompt's task, as tasks={heads[0]}.jsonl")
+        raise ValueError(f"{reason}the experts classify {names}; name the prompt's task: `tasks=['{heads[0]}.jsonl']`")
     numbers, shares = classified(model, [prompt], tasks)
     answer = class_name(int(numbers[0]))
     if write:

@@ -262,10 +262,11 @@ def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
     return blocks
 
 
-def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
+def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None, keeps_heads: bool = False) -> None:
     """Take all experts out and restore the base bit for bit.
 
-    `anchor` gives the base weight of a name, in the base's orientation; only full experts need it.
+    `anchor` gives the base weight of a name, in the base's orientation; only full experts need it. With `keeps_heads`
+    a classifier keeps its task heads.
     """
     layers = dict(expert_layers(model))
     if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
@@ -284,8 +285,7 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
     for _, module, expert in _equipped_modules(model):
-        # Whoever put task heads in takes them out.
-        if not isinstance(expert, TaskHeads):
+        if not (keeps_heads and isinstance(expert, TaskHeads)):
             expert.detach(module)
 
 

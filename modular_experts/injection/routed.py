@@ -53,7 +53,7 @@ class Injected(AbstractContextManager[Any]):
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
         if self._modes:
-            eject(self._model)
+            eject(self._model, keeps_heads=True)
             for module, training in self._modes.items():
                 module.training = training
             for parameter in self._trained:

@@ -149,6 +149,15 @@ def trained_task_heads(model: nn.Module, classes: Mapping[str, Sequence[str]]) -
     task_heads(model).requires_grad_(True)
 
 
+def check_classes(model: nn.Module, classes: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError if a classifier that goes on with its heads lacks one for the classes of a task."""
+    known = task_heads(model).classes
+    for task, names in classes.items():
+        if unknown := set(names) - set(known.get(task, ())):
+            lacking = f"{sorted(unknown)[0]!r} of {task}"
+            raise ValueError(f"the module has heads for {', '.join(known)}, and not for {lacking}; train a new module")
+
+
 def put_task_heads(
     model: nn.Module, experts: Sequence[Mapping[str, Delta]], others: Sequence[StoredExpert] = ()
 ) -> Callable[[], None]:
@@ -156,8 +165,8 @@ def put_task_heads(
 
     Other models stay as they are.
     """
-    state = head_state([*stored_experts_of(experts), *others])
-    if not is_classifier(model) or not state:
+    state = head_state([*stored_experts_of(experts), *others]) if is_classifier(model) else {}
+    if not state:
         return lambda: None
     before = getattr(_place(model), "expert", None)
     _put(model, TaskHeads.of_state({name.rpartition("/")[2]: tensor for name, tensor in state.items()}))
@@ -180,14 +189,22 @@ def _put(model: nn.Module, heads: TaskHeads | None) -> None:
 
 
 def head_state(experts: Sequence[StoredExpert]) -> dict[str, Tensor]:
-    """Return the tensors of all task heads of some experts by their names in a state: of two for a task, the first."""
-    state: dict[str, Tensor] = {}
+    """Return the tensors of all task heads of some experts by their names in a state.
+
+    Of several experts with heads for one task it is the first, unless a later one was trained on top of it.
+    """
+    found: dict[str, StoredExpert] = {}
     for expert in experts:
         members = open_parents(expert) if expert.is_routed else [expert]
         for member in members:
-            if any(map(is_of_task_head, member.state_names)):
-                own = {name: tensor for name, tensor in member.state().items() if is_of_task_head(name)}
-                state = own | state
+            for task in dict.fromkeys(task_of_head(name) for name in member.state_names if is_of_task_head(name)):
+                other = found.setdefault(task, member)
+                if any(other.is_listed_as(parent) for parent in member.record["parents"]):
+                    found[task] = member
+    state: dict[str, Tensor] = {}
+    for task, member in found.items():
+        own = {name: of for name, of in member.state().items() if is_of_task_head(name) and task_of_head(name) == task}
+        state |= own
     return state
 
 

@@ -25,6 +25,7 @@ from modular_experts.base.structure import Structure, split_slice
 from modular_experts.deltas import all_finite
 from modular_experts.interop.peft.formats import LoraFormat, PeftFormat
 from modular_experts.interop.peft.write import Encoded, WrittenAdapter, export
+from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.native.sparse_passes import add_rounded, unequal
 from modular_experts.progress import Progress
@@ -70,6 +71,8 @@ def export_for(
     if len({expert.name for expert in opened}) < len(opened):
         raise ValueError("two of the experts have one name, and requests choose by the name; give each its own")
     opened_base = Base.open(base, opened)
+    if is_classifier(opened_base.structure.model):
+        raise ValueError(f"{opened_base.place} classifies by task heads, which no server takes; export it for PEFT")
     format = LoraFormat(steps=_RANKS[server], keep=keep)
     for expert in opened:
         _check(expert, opened_base.structure, server)

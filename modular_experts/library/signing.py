@@ -54,13 +54,18 @@ def verify_signature(expert: StoredExpert, key: str | Path) -> None:
         raise ValueError(f"{expert.place} has no signature ({SIGNATURE_FILE}), which its owner makes in a push")
     if not Path(key).is_file():
         raise ValueError(f"there is no key {str(key)!r}; give the public key of the expert's owner, in PEM form")
+    try:
+        verifier = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except Exception as error:  # the package raises what its parsers do
+        advice = "make it of the private one with openssl ec -pubout"
+        raise ValueError(f"{key} is not a public key on an elliptic curve in PEM form ({error}); {advice}") from None
     with tempfile.TemporaryDirectory() as temporary:
         # Statistics and inputs, which the signature does not cover, stay outside.
         for name in (RECORD_FILE, *files_of(expert.record)):
             _link(expert.path / name, Path(temporary, name))
         try:
-            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(temporary, signature)
-        except Exception as error:  # the package raises what its parsers do
+            verifier.verify(temporary, signature)
+        except Exception as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{expert.place} is not signed by the owner of {key}: {reason}") from None
 

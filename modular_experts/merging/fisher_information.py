@@ -66,4 +66,5 @@ def _rows(batch: Batch, device: torch.device) -> Iterator[Batch]:
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         row = {key: batch[key][number : number + 1, :length] for key in ("input_ids", "attention_mask", "labels")}
         if (row["labels"] != IGNORED).any():
-            yield {key: tensor.to(device) for key, tensor in row.items()}
+            moved = {key: tensor.to(device) for key, tensor in row.items()}
+            yield moved | {"task": batch["task"][number : number + 1]} if "task" in batch else moved

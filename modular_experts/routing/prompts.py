@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.language_model import blocks_of, prompt_reader
+from modular_experts.language_model import blocks_of, prompt_reader, reads_prompts_apart
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import GRAMS, Router
 
@@ -204,8 +204,8 @@ def prompt_vectors(
         inputs["position_ids"] = mask.places
     else:
         inputs["attention_mask"] = mask
-        if mask is not None and "position_ids" in parameters:
-            # Padding on the left must not move the places.
+        if mask is not None and "position_ids" in parameters and not reads_prompts_apart(model):
+            # Padding on the left must not move the places; encoders, which have it on the right, count by themselves.
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     states = _hidden_states(body, inputs, depths)
     inside = _inside_prompts(ids, mask, prompt)

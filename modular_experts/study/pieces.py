@@ -55,7 +55,13 @@ class _Plan:
             opened = Base.open(self.study.base)
             self.base = opened.identity
             if is_classifier(opened.structure.model):
-                pass  # without experts it has no task head
+                # Without experts it has no task head, so the base is not tested.
+                asked = {"matrix": study.matrix, "held_out": study.held_out, "base_shots": study.base_shots}
+                if wrong := [name for name, value in asked.items() if value]:
+                    raise ValueError(
+                        f"{wrong[0]} tests models on tasks for which they have no task head, as {self.study.base} "
+                        f"classifies; leave {wrong[0]} out"
+                    )
             elif not same:
                 self._test_base((BASE, seed), seed)
             elif number == 0:

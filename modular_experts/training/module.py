@@ -44,7 +44,7 @@ from modular_experts.injection import (
 )
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
-from modular_experts.injection.task_heads import task_heads, trained_task_heads
+from modular_experts.injection.task_heads import TaskHeads, check_classes, task_heads, trained_task_heads
 from modular_experts.language_model import is_classifier
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.library.record import Record
@@ -251,9 +251,11 @@ class ExpertModule(EvaluatedModule):
 
     def configure_model(self) -> None:
         """Load the base, add the applied experts, and inject; a second call only asks the data and the schedules."""
+        trainer = loading.trainer_of(self)
         if not hasattr(self, "model"):
             self._load()
-        trainer = loading.trainer_of(self)
+        elif is_classifier(self.model) and self.has_experts and trainer is not None and trainer.state.fn == "fit":
+            check_classes(self.model, source_of(trainer).classes)
         source_of(trainer).fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in callbacks_of(trainer, Schedule):
@@ -335,7 +337,8 @@ class ExpertModule(EvaluatedModule):
         if self.optimizer is not None:
             optimizer = self.optimizer(trained)
         else:
-            rate = min(expert.learning_rate for _, expert in named_experts(self.model))
+            experts = [expert for _, expert in named_experts(self.model) if not isinstance(expert, TaskHeads)]
+            rate = min(expert.learning_rate for expert in experts)
             # One pass over each tensor instead of a dozen. A fused step undoes the scale of a GradScaler itself, so
             # Lightning refuses to clip in mixed precision, even in bfloat16, which has none; and on a GPU torch
             # chooses a quick way alone.

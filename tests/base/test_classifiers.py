@@ -2,11 +2,15 @@
 
 import json
 import math
+import shutil
 
 import peft
 import pytest
 import torch
-from testbed.classifiers import BASES, CLASSIFYING, build
+import transformers
+from conftest import build_tokenizer
+from lightning.pytorch import Trainer
+from testbed.classifiers import AUTO, BASES, CLASSIFYING, ENCODER, build
 from testbed.peft_adapters import PEFT_WARNINGS
 
 from modular_experts import (
@@ -21,6 +25,7 @@ from modular_experts import (
     apply,
     combine,
     distill_into,
+    eject,
     evaluate,
     export,
     fit,
@@ -41,12 +46,16 @@ from modular_experts.evaluation.streaming import Conversation
 from modular_experts.injection import find_sites
 from modular_experts.injection.attach import attached
 from modular_experts.injection.task_heads import _NAMES, TaskHeads, class_name, class_number, head_state, task_heads
+from modular_experts.interop.servers import export_for
 from modular_experts.library.form import Form
 from modular_experts.library.state import task_of_head
+from modular_experts.merging.merged import Merged
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.remove import remove
+from modular_experts.merging.statistics import take_statistics
 from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.gates import reading
+from modular_experts.routing.prompts import prompt_vectors
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 
@@ -190,12 +199,15 @@ def test_a_route_answers_as_the_expert_of_each_row(base, data, library) -> None:
 def test_gram_matrices_are_of_the_prompts_alone(base, data) -> None:
     model = Base.open(base).load("float64")
     examples = examples_of(base, data)[:5]
-    weights = [site.weight for site in find_sites(model) if not site.by_name_only and "pre_classifier" not in site.name]
+    weights = [site.weight for site in find_sites(model) if not site.by_name_only]
     found = gram(model, [Collator(0)(examples[:3]), Collator(0)(examples[3:])], weights)
     inputs = {name: [] for name in weights}
     for name in weights:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        layer.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0][0].detach()))
+        layer.register_forward_pre_hook(
+            # The layers before the last one read a vector of each row.
+            lambda _, given, name=name: inputs[name].append(given[0].detach().flatten(0, -2))
+        )
     for example in examples:
         model(input_ids=example.tokens.ids[None, : example.tokens.prompt].long())
     for name, parts in inputs.items():
@@ -217,9 +229,7 @@ def test_generate_names_the_class_and_its_probability(base, data, library, tmp_p
     assert answer == "the small"
     assert 0.4 < float(share.strip("()")) <= 1
     merged = merge([library / task for task in WORDS], "SparseAverage", tmp_path / "merged")
-    with pytest.raises(
-        ValueError, match=r"there are task heads for colour, size, sound; give the prompt's task, as tasks"
-    ):
+    with pytest.raises(ValueError, match="the experts classify colour, size, sound; name the prompt's task"):
         generate(None, "small size 4", [merged])
     assert generate(None, "small size 4", [merged], data=TaskMixture(data[1])) in ("the small", "the big")
     with pytest.raises(ValueError, match="the base has no task head, so it classifies nothing; name an expert"):
@@ -358,3 +368,93 @@ def test_look_shows_the_class_of_a_row(tmp_path, data, capsys) -> None:
     base = build("bert", tmp_path / "base")
     assert main(["look", "--base", str(base), "--tasks", str(data[0])]) == 0
     assert "|[the red]" in capsys.readouterr().out
+
+
+def test_borrowed_heads_count_in_what_is_known_of_a_comparison(tmp_path, data) -> None:
+    base = build("bert", tmp_path / "base")
+    for seed in (0, 1):
+        how = {"seed": seed, "steps": 9, "trainer": QUIET}
+        fit(base, TaskMixture(data[0]), LoRAExpert, "all-linear", tmp_path / f"e{seed}", **how)
+    first, second = (str(tmp_path / f"e{seed}") for seed in (0, 1))
+    out = tmp_path / "out"
+    evaluate(str(base), {"base": [], "e": first}, TaskMixture(data[0]), out=out)
+    found = evaluate(str(base), {"base": [], "e": second}, TaskMixture(data[0]), out=out, overwrite=True)
+    wanted = evaluate(str(base), {"base": [], "e": second}, TaskMixture(data[0]))
+    assert found.mean("loss", model="base") == wanted.mean("loss", model="base")
+    half = evaluate(str(base), {"half": [open_expert(first) * 0.5]}, TaskMixture(data[0]))
+    assert half.mean("loss", model="half") > 0
+    (tmp_path / "texts.txt").write_text("a long text " * 40)
+    with pytest.raises(ValueError, match="forgetting measures losses of texts, which a classifier does not predict"):
+        evaluate(str(base), {"base": [], "e": first}, TaskMixture(data[0]), forgetting=tmp_path / "texts.txt")
+
+
+def test_the_head_of_what_was_trained_on_top_answers(tmp_path, data) -> None:
+    base = build("bert", tmp_path / "base")
+    how = {"steps": 9, "trainer": QUIET, "learning_rate": 0.01}
+    fit(base, TaskMixture(data[0]), LoRAExpert, "all-linear", tmp_path / "lower", **how)
+    how["model"] = {"applied": [str(tmp_path / "lower")]}
+    fit(base, TaskMixture(data[0]), LoRAExpert, "all-linear", tmp_path / "top", **how)
+    lower, top = open_expert(tmp_path / "lower"), open_expert(tmp_path / "top")
+    for order in ([lower, top], [top, lower]):
+        state = head_state(order)
+        assert all(torch.equal(state[name], of) for name, of in head_state([top]).items())
+
+
+def test_ejected_heads_do_not_start_the_next_fit(tmp_path, data) -> None:
+    base = build("bert", tmp_path / "base")
+    model = Base.open(base).load("float32")
+    fit(model, TaskMixture(data[0]), LoRAExpert, "all-linear", tmp_path / "first", steps=4, trainer=QUIET)
+    eject(model)
+    with pytest.raises(ValueError, match="the base has no task head"):
+        task_heads(model)
+    module = ExpertModule(str(base), "all-linear", LoRAExpert)
+    Trainer(max_steps=2, accelerator="cpu", **QUIET).fit(module, TaskMixture(data[0]))
+    assert {group["lr"] for group in module.make_optimizer().param_groups} == {LoRAExpert.learning_rate}
+    with pytest.raises(ValueError, match="the module has heads for colour, and not for 'the big' of size; train a new"):
+        Trainer(max_steps=2, accelerator="cpu", **QUIET).fit(module, TaskMixture(data[1]))
+
+
+@TWO
+def test_what_no_classifier_does_is_refused_with_a_sentence(tmp_path, data, library, base) -> None:
+    with pytest.raises(ValueError, match="a classifier reads a text and no demonstrations before it; leave shots out"):
+        evaluate(None, {"colour": str(library / "colour")}, TaskMixture(data[0], shots=2))
+    talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "the red"}]
+    (tmp_path / "colour.jsonl").write_text(json.dumps({"messages": talk, "split": "test"}))
+    with pytest.raises(ValueError, match="a classifier answers a text with a class; write rows of input and target"):
+        evaluate(None, {"colour": str(library / "colour")}, TaskMixture(tmp_path / "colour.jsonl"))
+    with pytest.raises(ValueError, match="classifies by task heads, which no server takes; export it for PEFT"):
+        export_for([library / "colour"], tmp_path / "served", "vllm")
+    described = {"base": str(base), "tasks": {"held_in": [str(data[0])], "held_out": [str(data[1])]}}
+    described |= {"experts": {"lora": {"expert": "LoRAExpert"}}, "fit": {"modules": "all-linear"}}
+    (tmp_path / "study.yaml").write_text(json.dumps(described))
+    assert main(["study", "--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "study")]) != 0
+
+
+@TWO
+def test_fisher_information_takes_each_row_by_its_own_head(base, data, library) -> None:
+    for task in ("colour", "size"):
+        shutil.rmtree(library / task / "statistics", ignore_errors=True)
+    experts = [library / "colour", library / "size"]
+    take_statistics(experts, "fisher", TaskMixture(data[:2]))
+    merged = Merged(experts, "Fisher")
+    assert all(torch.isfinite(merged[name].dense()).all() for name in merged)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_a_router_reads_the_states_that_the_model_has(kind, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **ENCODER)
+    CLASSIFYING.from_config(config).eval().save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    model = Base.open(tmp_path).load("float32")
+    ids = torch.randint(5, 90, (2, 9))
+    (found,) = prompt_vectors(model, ids, torch.ones_like(ids), [1.0])
+    with torch.no_grad():
+        wanted = model.base_model(ids, output_hidden_states=True).hidden_states[-1][:, 1:].sum(1)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_that_cannot_leave_out_padding_is_refused(tmp_path) -> None:
+    AUTO.from_config(transformers.AutoConfig.for_model("fnet", **ENCODER)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FNetModel takes no attention_mask, which batches need; take another encoder"):
+        Base.open(tmp_path).structure  # noqa: B018 - it makes the model

@@ -179,6 +179,10 @@ def test_a_pulled_expert_is_verified_by_the_key_of_its_owner(hub, library, keys,
     pull(REPO, tmp_path / "other", statistics=True)
     assert main(["verify", str(tmp_path / "other"), "--key", str(keys / "owner.pub")]) == 0
     assert f"intact, signed by the owner of {keys / 'owner.pub'}, 2 weights" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "other"), "--key", "x", "--server", "http://127.0.0.1:9"]) == 2
+    assert "--key verifies signatures of files, and --server asks a server" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "other/a"), "--key", str(keys / "owner.pem")]) == 1
+    assert "owner.pem is not a public key on an elliptic curve in PEM form" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "other/a"), "--key", str(keys / "other.pub")]) == 1
     assert f"is not signed by the owner of {keys / 'other.pub'}" in capsys.readouterr().err
     assert main(["verify", str(library / "b"), "--key", str(keys / "owner.pub")]) == 1
@@ -198,6 +202,17 @@ def test_a_signature_covers_each_byte_of_record_and_deltas(hub, library, keys, t
     shutil.copy(signed.path / "model.sig", library / "b" / "model.sig")
     with pytest.raises(ValueError, match="library/b is not signed by the owner of"):
         verify_signature(open_expert(library / "b"), keys / "owner.pub")
+
+
+def test_the_key_of_a_route_is_asked_of_the_experts_behind_it(hub, library, keys, tmp_path, capsys) -> None:
+    route([library / "a", library / "b"], library / "routed", Oracle())
+    push([library / "routed"], REPO, license="mit", sign=keys / "owner.pem")
+    pull(REPO, tmp_path / "other")
+    asked = ["verify", str(tmp_path / "other/routed"), "--key", str(keys / "owner.pub")]
+    assert main(asked) == 0
+    (tmp_path / "other/b/model.sig").unlink()
+    assert main(asked) == 1
+    assert "other/b has no signature" in capsys.readouterr().err
 
 
 def test_a_signature_goes_when_an_unsigned_expert_takes_the_place(hub, library, keys) -> None:
