@@ -191,7 +191,7 @@ def _put(model: nn.Module, heads: TaskHeads | None) -> None:
 def head_state(experts: Sequence[StoredExpert]) -> dict[str, Tensor]:
     """Return the tensors of all task heads of some experts by their names in a state.
 
-    Of several experts with heads for one task it is the first, unless a later one was trained on top of it.
+    Where several experts have a head for one task, the first gives it, unless a later one was trained on top of that.
     """
     found: dict[str, StoredExpert] = {}
     for expert in experts:
