@@ -175,9 +175,9 @@ gradients of a training of the whole model). {held}
 the matrices of their mixtures in another way, so these get no expert.
 
 T5, BART and Pegasus have an encoder and a decoder. The eleven from BERT to Qwen3 that classifies are *classifiers*,
-without a task head here: their vectors stand in the place of logits. The last twelve are *wrappers*: a vision tower stands beside the
-language model, and experts move the language model alone. For them *apply* also loads both classes of the checkpoint,
-and compares their logits and the tower bit for bit.
+without a task head here: their vectors stand in the place of logits. The last twelve are *wrappers*: a vision tower
+stands beside the language model, and experts move the language model alone. For them *apply* also loads both classes of
+the checkpoint, and compares their logits and the tower bit for bit.
 `scripts/architectures.py` makes this page.
 
 """

@@ -43,7 +43,7 @@ class _Classifier:
 
 
 class _MeanOfTokens(_Classifier):
-    """An encoder without a head: the mean of the last hidden states over the tokens is what heads classify."""
+    """An encoder without a head: heads classify the mean of the last hidden states over the tokens."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **more: Any
@@ -71,7 +71,7 @@ class AutoClassifier:
         return self._with_place(self._auto.from_config(config, **how))
 
     def from_pretrained(self, directory: Any, **how: Any) -> Any:
-        """Return the model, and with `output_loading_info` transformers' report on what it has."""
+        """Return the model, and with `output_loading_info` also transformers' report."""
         loaded = self._auto.from_pretrained(directory, **how)
         if not how.get("output_loading_info"):
             return self._with_place(loaded)

@@ -118,7 +118,7 @@ class TaskHeads(ModuleExpert):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "TaskHeads":
-        """Return the heads of what `state` returned, perhaps of several models."""
+        """Return heads with the tensors that `state` returned, perhaps of several models."""
         classes = {}
         for name, tensor in state.items():
             if name.endswith(".classes"):
