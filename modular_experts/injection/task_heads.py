@@ -5,6 +5,7 @@ name, which is the same in each process and never reaches an embedding.
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -19,6 +20,8 @@ from modular_experts.library.compatibility import open_parents
 from modular_experts.library.expert import StoredExpert, stored_experts_of
 from modular_experts.library.state import TASK_HEAD, is_of_task_head, task_of_head
 from modular_experts.routing.gates import rows_at_hand
+
+log = logging.getLogger(__name__)
 
 UNLIKELY = -1e4
 """The logit of a class of another task; its probability is 0, and no sum of logits is infinite."""
@@ -193,19 +196,33 @@ def head_state(experts: Sequence[StoredExpert]) -> dict[str, Tensor]:
 
     Where several experts have a head for one task, the first gives it, unless a later one was trained on top of that.
     """
-    found: dict[str, StoredExpert] = {}
-    for expert in experts:
-        members = open_parents(expert) if expert.is_routed else [expert]
-        for member in members:
-            for task in dict.fromkeys(task_of_head(name) for name in member.state_names if is_of_task_head(name)):
-                other = found.setdefault(task, member)
-                if any(other.is_listed_as(parent) for parent in member.record["parents"]):
-                    found[task] = member
     state: dict[str, Tensor] = {}
-    for task, member in found.items():
-        own = {name: of for name, of in member.state().items() if is_of_task_head(name) and task_of_head(name) == task}
-        state |= own
+    for task, owners in _owners_of_heads(experts).items():
+        chosen = owners[0]
+        for later in owners[1:]:
+            if any(chosen.is_listed_as(parent) for parent in later.record["parents"]):
+                chosen = later
+        tensors = chosen.state()
+        state |= {name: tensors[name] for name in tensors if is_of_task_head(name) and task_of_head(name) == task}
     return state
+
+
+def _owners_of_heads(experts: Sequence[StoredExpert]) -> dict[str, list[StoredExpert]]:
+    """Return for each task the experts, also those behind routes, with a head for it."""
+    owners: dict[str, list[StoredExpert]] = {}
+    for expert in experts:
+        for member in open_parents(expert) if expert.is_routed else [expert]:
+            for task in dict.fromkeys(task_of_head(name) for name in member.state_names if is_of_task_head(name)):
+                owners.setdefault(task, []).append(member)
+    return owners
+
+
+def warn_of_several_heads(experts: Sequence[StoredExpert]) -> None:
+    """Log for which tasks several experts have a head, of which a merge keeps one."""
+    for task, owners in _owners_of_heads(experts).items():
+        if len(owners) > 1:
+            names = " and ".join(owner.name for owner in owners)
+            log.warning("%s have task heads for %s each, and the merge keeps one of them", names, task)
 
 
 def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
-from modular_experts.injection.task_heads import head_state
+from modular_experts.injection.task_heads import head_state, warn_of_several_heads
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -216,6 +216,7 @@ def merge(
     check_target(out, overwrite)
     merged = Merged(experts, method, per_weight, skip)
     warn_of_own_parents(merged.stored)
+    warn_of_several_heads(merged.stored)
     return write_merged(merged, out, overwrite, progress, notes, form)
 
 

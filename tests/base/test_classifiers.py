@@ -388,7 +388,7 @@ def test_borrowed_heads_count_in_what_is_known_of_a_comparison(tmp_path, data) -
         evaluate(str(base), {"base": [], "e": first}, TaskMixture(data[0]), forgetting=tmp_path / "texts.txt")
 
 
-def test_the_head_of_what_was_trained_on_top_answers(tmp_path, data) -> None:
+def test_the_head_of_what_was_trained_on_top_answers(tmp_path, data, caplog) -> None:
     base = build("bert", tmp_path / "base")
     how = {"steps": 9, "trainer": QUIET, "learning_rate": 0.01}
     fit(base, TaskMixture(data[0]), LoRAExpert, "all-linear", tmp_path / "lower", **how)
@@ -398,6 +398,8 @@ def test_the_head_of_what_was_trained_on_top_answers(tmp_path, data) -> None:
     for order in ([lower, top], [top, lower]):
         state = head_state(order)
         assert all(torch.equal(state[name], of) for name, of in head_state([top]).items())
+    merge([lower, top], "Average", tmp_path / "both")
+    assert "lower and top have task heads for colour each, and the merge keeps one of them" in caplog.text
 
 
 def test_ejected_heads_do_not_start_the_next_fit(tmp_path, data) -> None:
