@@ -18,8 +18,7 @@ from modular_experts.library.hub import HubRepository, check_contents, find_repo
 from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.names import is_name
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, ROUTED, STATE_FILE, files_of, read_record
-from modular_experts.library.signing import SIGNATURE_FILE
-from modular_experts.library.signing import sign as signature
+from modular_experts.library.signing import SIGNATURE_FILE, signature_of
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 
@@ -90,7 +89,7 @@ def push(
         files[f"{name}/{RECORD_FILE}"] = _published(opened[name], licenses[name])
         if sign is not None:
             own = [RECORD_FILE, *files_of(opened[name].record)]
-            files[f"{name}/{SIGNATURE_FILE}"] = signature({file: files[f"{name}/{file}"] for file in own}, sign)
+            files[f"{name}/{SIGNATURE_FILE}"] = signature_of({file: files[f"{name}/{file}"] for file in own}, sign)
     reached = True
     try:
         repository = find_repository(repo_id, writing=True)

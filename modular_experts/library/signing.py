@@ -14,7 +14,7 @@ SIGNATURE_FILE = "model.sig"
 """The signature beside an expert's record; it covers the record, deltas and state, and no statistics or inputs."""
 
 
-def sign(files: Mapping[str, Path | bytes], key: str | Path) -> bytes:
+def signature_of(files: Mapping[str, Path | bytes], key: str | Path) -> bytes:
     """Return the signature of some files of one folder, by their names, with a private key.
 
     Args:

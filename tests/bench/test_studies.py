@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
+from testbed.classifiers import build
 from testbed.here import STUDY, work_here
 from testbed.scripts import BENCHMARKS, run_script
 
@@ -47,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, one_block: Path) -> Iterator
         for base in [*(f"runs/quickstart-{seed}/base" for seed in (0, 1, 2)), ".cache/smollm2"]:
             Path(base).parent.mkdir(parents=True, exist_ok=True)
             Path(base).symlink_to(one_block)
+        build("bert", Path(".cache/minilm"))
         Path("data").mkdir()
         for file in re.findall(r"data/\w+\.jsonl", (STUDIES / "real.yaml").read_text()):
             write_rows(Path(file), [{"input": f"say {number}", "target": "a"} for number in range(20)])
@@ -69,9 +71,9 @@ def short(name: str) -> str:
     return f"{name}.yaml"
 
 
-OF_SUITE = sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS)
+OF_SUITE = sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS - {"minilm"})
 TOGETHER = [["suite", *["ten-tasks"] * (name in TEN_TASKS), name] for name in OF_SUITE]
-TOGETHER += [["real", "merging", "real-kinds"], ["real", "routing", "real-kinds"], ["real", "few-bytes"]]
+TOGETHER += [["real", "merging", "real-kinds"], ["real", "routing", "real-kinds"], ["real", "few-bytes"], ["minilm"]]
 
 
 @pytest.mark.parametrize("names", TOGETHER, ids=" ".join)

@@ -97,6 +97,7 @@ def wrong_hints(text: str) -> list[str]:
 
 # Names of weights and attributes in texts that are no settings.
 ATTRIBUTES = {("model", name) for name in ("layers", "embed_tokens", "safetensors", "norm", "generate")}
+ATTRIBUTES |= {("model", "sig")}  # the file of a signature
 ATTRIBUTES |= {("trainer", name) for name in ("validate", "test")}
 
 
