@@ -5,9 +5,12 @@ row is then scored twice: whole, and without its instruction, which is all but i
 before the first `: `. No expert is needed. `--unseen` takes tasks that no router learns.
 
     python benchmarks/own_expert.py .cache/smollm2 data/snips_intent.jsonl ... --unseen data/banking77.jsonl ... \
-        [--rows 16 64 250] [--draws 5] [--json FILE]       two hours for fifteen tasks
+        [--encoder .cache/minilm] [--rows 16 64 250] [--draws 5] [--json FILE]       two hours for fifteen tasks
+
+With `--encoder` a fourth router is `KernelRidge` with this encoder of sentences (`make minilm`).
 """
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -20,19 +23,27 @@ from measuring import Parser
 from torch import Tensor
 
 from modular_experts import Base
+from modular_experts.base.sentence_encoder import SentenceEncoder
 from modular_experts.data import TaskMixture
 from modular_experts.merging.statistics import batches_by_length, prompt_statistics
 from modular_experts.routing import Centroid, Classifier, KernelRidge, Router
 from modular_experts.routing.router import GRAMS
 
 ROUTERS = {"Centroid": Centroid, "Classifier": Classifier, "KernelRidge": KernelRidge}
+WITH_ENCODER = "KernelRidge with the encoder"
 
 
-def read(model: Any, data: TaskMixture, splits: Sequence[str], parts: bool = False) -> list[Tensor]:
+def read(
+    model: Any,
+    data: TaskMixture,
+    splits: Sequence[str],
+    encoder: SentenceEncoder | None = None,
+    parts: bool = False,
+) -> list[Tensor]:
     """Return the vectors of each task's inputs `(rows, size)`, with their n-grams; with parts `(rows, 2, size)`."""
     found = []
     for examples in data.input_examples(splits).values():
-        measured = prompt_statistics(model, batches_by_length(examples, data), parts, Router.depths)
+        measured = prompt_statistics(model, batches_by_length(examples, data), parts, Router.depths, encoder)
         vectors = torch.cat([one.values for one in measured.values()], 1)
         found.append(vectors.unflatten(0, (-1, 2)) if parts else vectors)
     return found
@@ -46,10 +57,19 @@ def without_instruction(file: Path, folder: Path) -> Path:
     return folder / file.name
 
 
-def compare(learned: Sequence[Tensor], tested: Sequence[Sequence[Tensor]], name: str) -> dict[str, float]:
-    """Return shares in %, each the mean over the tasks, of rows of known tasks, the same stripped, and unseen ones."""
-    router: Any = ROUTERS[name]()
-    read_by_it = slice(None) if router.reads_grams else slice(-GRAMS)
+def compare(
+    learned: Sequence[Tensor], tested: Sequence[Sequence[Tensor]], name: str, hidden: int, encoded: int, reject: float
+) -> dict[str, float]:
+    """Return shares in %, each the mean over the tasks, of rows of known tasks, the same stripped, and unseen ones.
+
+    The first columns are `hidden` states, the next `encoded` ones of the encoder, and the last n-grams.
+    """
+    with_encoder = name == WITH_ENCODER
+    router: Any = ROUTERS["KernelRidge" if with_encoder else name](reject=reject)
+    columns = [*range(hidden + encoded * with_encoder)]
+    if router.reads_grams:
+        columns += range(hidden + encoded, hidden + encoded + GRAMS)
+    read_by_it = torch.tensor(columns)
     parts = router.needs == "prompt_parts"
     given = [pairs.flatten(0, 1) if parts else pairs[:, 0] for pairs in learned]
     router.learn([], [rows[:, read_by_it] for rows in given])
@@ -73,6 +93,8 @@ def main() -> None:
     parser.add_argument("base", nargs="?", default=".cache/smollm2")
     parser.add_argument("tasks", nargs="*", type=Path, default=examples)
     parser.add_argument("--unseen", nargs="*", type=Path, default=[])
+    parser.add_argument("--encoder")
+    parser.add_argument("--reject", type=float, nargs="+", default=[0.01])
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 250])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -80,24 +102,27 @@ def main() -> None:
     base = Base.open(options.base)
     model, tokenizer = base.load("float32"), base.tokenizer()
     data = TaskMixture(options.tasks, tokenizer)
-    pool = read(model, data, ["train", "validation"], parts=True)
+    encoder = SentenceEncoder(options.encoder) if options.encoder else None
+    pool = read(model, data, ["train", "validation"], encoder, parts=True)
+    encoded = 0 if encoder is None else encoder(model, [[0]]).shape[1]
+    hidden = pool[0].shape[-1] - encoded - GRAMS
     with tempfile.TemporaryDirectory() as folder:
         stripped = TaskMixture([without_instruction(file, Path(folder)) for file in options.tasks], tokenizer)
-        tested = [read(model, one, ["test"]) for one in (data, stripped)]
-    tested.append(read(model, TaskMixture(options.unseen, tokenizer), ["test"]) if options.unseen else [])
+        tested = [read(model, one, ["test"], encoder) for one in (data, stripped)]
+    tested.append(read(model, TaskMixture(options.unseen, tokenizer), ["test"], encoder) if options.unseen else [])
     print("| inputs a task | router | own expert, % | stripped, % | own rejected, % | stripped rejected, % |", end="")
     print(" unseen rejected, % |\n|---|---|---|---|---|---|---|")
     rows = []
     for count in options.rows:
-        for name in ROUTERS:
+        for name, reject in itertools.product([*ROUTERS, *[WITH_ENCODER] * bool(encoder)], options.reject):
             found = []
             for draw in range(options.draws):
                 made = torch.Generator().manual_seed(draw)
                 drawn = [inputs[torch.randperm(len(inputs), generator=made)[:count]] for inputs in pool]
-                found.append(compare(drawn, tested, name))
-            rows.append({"rows": count, "router": name, "draws": found})
+                found.append(compare(drawn, tested, name, hidden, encoded, reject))
+            rows.append({"rows": count, "router": name, "reject": reject, "draws": found})
             cells = [f"{statistics.fmean(one[key] for one in found):.1f}" for key in found[0]]
-            print(f"| {count} | `{name}` | {' | '.join(cells)} |", flush=True)
+            print(f"| {count} | {name}, {reject:g} | {' | '.join(cells)} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows))
 

@@ -182,6 +182,7 @@ def statistics(
     max_new_tokens: int = 64,
     dtype: DType = "float32",
     steps: int | None = None,
+    encoder: str | None = None,
 ) -> None:
     """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
@@ -202,6 +203,7 @@ def statistics(
         labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
         steps: Steps of AdamW that train `gates`, each on a batch of rows; 100 by default.
+        encoder: An encoder of sentences that reads the prompts, too, for a router that has it (`--router.encoder`).
 
     Examples:
         modular-experts statistics --experts library/a library/b --kind gram --tasks a.jsonl b.jsonl
@@ -209,7 +211,7 @@ def statistics(
     """
     bar = progress_bar("measuring")
     measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens, dtype=dtype)
-    taken = take_statistics(experts, kind, measured, overwrite, bar, steps)
+    taken = take_statistics(experts, kind, measured, overwrite, bar, steps, encoder=encoder)
     for directory, stored in zip(experts, taken, strict=True):
         place = stored.file if is_adapter(Path(directory)) else Path(directory, *stored.file.parts[-2:])
         print(f"{place}: {kind} statistics of {statistics_text(stored)}")

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, moved_quantised, open_several
+from modular_experts.base.sentence_encoder import SentenceEncoder
 from modular_experts.deltas import Delta, add
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
@@ -34,6 +36,8 @@ MODEL = "router"
 """Where a state holds the router of the whole model."""
 COUNT = "experts"
 """Where that part of a state holds how many parents the router chooses among."""
+ENCODER = "encoder"
+"""Where it holds the fingerprint of the router's encoder of sentences, if it has one."""
 _NAMED = "_modular_experts_named"
 """The attribute of a model that holds the newest `NamedExperts` of it."""
 
@@ -182,12 +186,26 @@ def open_route(
     state = state_by_place(expert.state())
     # The parents are the experts in the router's order, and behind them the fallback, if there is one.
     count = int(state[MODEL].pop(COUNT))
+    learned_with = state[MODEL].pop(ENCODER, None)
     members = parents[:count]
     places = [MODEL] if router.scope == "sample" else [site.weight for site in sites(members)]
     routers = {place: copy.deepcopy(router) for place in places}
     for place, own in routers.items():
         own.load_state(state.get(place, {}), count)
+    if router.encoder is not None:
+        encoder = SentenceEncoder(router.encoder)
+        if learned_with is None or not torch.equal(learned_with, fingerprint_tensor(encoder.fingerprint)):
+            raise ValueError(
+                f"{expert.name} learned with another encoder than the one that lies at {router.encoder} now; put that "
+                "one there again, or route the experts anew"
+            )
+        routers[MODEL].read_texts = encoder
     return OpenedRoute(routers, members, parents[count] if len(parents) > count else None)
+
+
+def fingerprint_tensor(fingerprint: str) -> Tensor:
+    """Return a fingerprint as a state holds it, `(32,)` uint8."""
+    return torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
 
 
 def describe_router(router: Router) -> Record:

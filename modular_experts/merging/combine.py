@@ -30,13 +30,13 @@ from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
-from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
+from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.merging.combine_measure import Measurement, Way, clock
 from modular_experts.merging.combine_plan import WayWork, WholeProgress, Work, WorkEstimate, WorkPlan
 from modular_experts.merging.distill import distill, distill_into, without_data
 from modular_experts.merging.merged import merge
 from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
-from modular_experts.merging.route import route
+from modular_experts.merging.route import route, without_statistics
 from modular_experts.merging.shrink import shrink
 from modular_experts.merging.statistics import batches_by_length, take_statistics
 from modular_experts.methods import Distilled
@@ -354,10 +354,12 @@ class _Combining:
         kind = self._router.needs
         if kind not in OF_INPUTS:
             return
-        lacking = [expert for expert in self._beside(self._whole) if kind not in kinds_of_statistics(expert)]
+        lacking = without_statistics(self._beside(self._whole), self._router)
         if lacking:
             rows = ValidationRows(self._rows.learned, self._routed_rows, self._base, dtype=self._dtype)
-            take_statistics(lacking, kind, rows, progress=progress, depths=self._router.depths)
+            router = self._router
+            renew = router.encoder is not None
+            take_statistics(lacking, kind, rows, renew, progress, depths=router.depths, encoder=router.encoder)
 
     def _beside(self, library: Path) -> list[StoredExpert]:
         return [open_expert(library / expert.name) for expert in self._opened]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modular_experts.base import Base, DType
 from modular_experts.data import TaskMixture
-from modular_experts.injection.attach import COUNT, MODEL, describe_router
+from modular_experts.injection.attach import COUNT, ENCODER, MODEL, describe_router, fingerprint_tensor
 from modular_experts.injection.routed import by_weight
 from modular_experts.library import (
     StoredExpert,
@@ -27,7 +27,7 @@ from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import StoredStatistics, command_for, kinds_of_statistics
 from modular_experts.merging.objective import ValidationRows
-from modular_experts.merging.statistics import GRAMS_NAME, name_of, take_statistics
+from modular_experts.merging.statistics import ENCODER_NAME, GRAMS_NAME, name_of, take_statistics
 from modular_experts.progress import Progress
 from modular_experts.routing import DEFAULT_ROUTER, Mixture, Router
 from modular_experts.routing.router import check_fallback
@@ -129,14 +129,25 @@ def _take_missing(router: Router, experts: Sequence[StoredExpert], rows: Validat
     kind = router.needs
     if kind is None:
         return
-    lacking = [expert for expert in experts if kind not in kinds_of_statistics(expert)]
+    lacking = without_statistics(experts, router)
     if lacking and rows.data is None and not all(expert.keeps_inputs for expert in lacking):
         raise ValueError(
             f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
             "from; give the tasks of all: `tasks=['a.jsonl', 'b.jsonl']`"
         )
     if lacking:
-        take_statistics(lacking, kind, rows, progress=progress)
+        # Statistics without the encoder's vectors are replaced by the same ones with them.
+        take_statistics(lacking, kind, rows, router.encoder is not None, progress, encoder=router.encoder)
+
+
+def without_statistics(experts: Sequence[StoredExpert], router: Router) -> list[StoredExpert]:
+    """Return the experts that lack statistics that a router needs, or in these the vectors of the router's encoder."""
+    kind = str(router.needs)
+    taken = [expert for expert in experts if kind in kinds_of_statistics(expert)]
+    if router.encoder is not None:
+        encoder = Base.open(router.encoder).fingerprint
+        taken = [expert for expert in taken if open_statistics(expert, kind).facts["data"].get(ENCODER_NAME) == encoder]
+    return [expert for expert in experts if expert not in taken]
 
 
 def _learned_state(router: Router, experts: Sequence[StoredExpert], base: str | None) -> dict[str, Tensor]:
@@ -158,12 +169,16 @@ def _learned_state(router: Router, experts: Sequence[StoredExpert], base: str | 
     for place, learned in routers.items():
         state |= {f"{place}/{name}": tensor for name, tensor in learned.state().items()}
     state[f"{MODEL}/{COUNT}"] = torch.tensor(len(experts))
+    if router.encoder is not None:
+        state[f"{MODEL}/{ENCODER}"] = fingerprint_tensor(Base.open(router.encoder).fingerprint)
     return state
 
 
 def _prompts(statistics: StoredStatistics, expert: StoredExpert, router: Router) -> Tensor:
     """Return what the router reads of an expert's prompts, `(rows, size)`, as a forward pass gives it."""
     names = list(map(name_of, router.depths))
+    if router.encoder is not None:
+        names.append(ENCODER_NAME)
     if router.reads_grams:
         names.append(GRAMS_NAME)
     parts = []

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.device import device
+from modular_experts.base.sentence_encoder import SentenceEncoder
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
@@ -29,7 +30,8 @@ from modular_experts.merging.gate_statistics import train_gates
 from modular_experts.merging.objective import ValidationRows, answers_of
 from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Counted, Progress
-from modular_experts.routing.prompts import prompt_grams, prompt_vectors
+from modular_experts.routing.prompts import prompt_grams, prompt_tokens, prompt_vectors
+from modular_experts.routing.router import ReadTexts
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ KINDS = ("fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts")
 ROWS = 256
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where prompts are read for routers, after these shares of the transformer blocks."""
+ENCODER_NAME = "encoder"
 GRAMS_NAME = "n-grams"
 SHARED = 0.9
 """A token counts as one of the instruction if at least this share of an expert's prompts hold it."""
@@ -56,9 +59,15 @@ class _ReadPrompts(NamedTuple):
 
 
 def prompt_statistics(
-    model: PreTrainedModel, batches: Iterable[Batch], parts: bool = False, depths: Sequence[float] = DEPTHS
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    parts: bool = False,
+    depths: Sequence[float] = DEPTHS,
+    read_texts: ReadTexts | None = None,
 ) -> dict[str, DataStatistic]:
     """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on, and `n-grams`.
+
+    With `read_texts` the vectors of their texts are there, too, under `encoder`.
 
     With `parts`, a part of each prompt follows it, `(2 rows, size)`. The parts of the first, third, ... prompt lack the
     instruction: they are the longest stretch of tokens between the first places of the tokens that nearly all prompts
@@ -68,7 +77,9 @@ def prompt_statistics(
     vectors: list[list[Tensor]] = []
 
     def vectors_of(ids: Tensor, mask: Tensor, prompt: Tensor) -> list[Tensor]:
-        return [*prompt_vectors(model, ids, mask, depths, prompt), prompt_grams(ids, mask, prompt)]
+        of_depths = prompt_vectors(model, ids, mask, depths, prompt)
+        of_texts = [] if read_texts is None else [read_texts(model, prompt_tokens(ids, mask, prompt))]
+        return [*of_depths, *of_texts, prompt_grams(ids, mask, prompt)]
 
     for batch in batches:
         ids = batch["input_ids"].to(model.device)
@@ -86,7 +97,7 @@ def prompt_statistics(
         columns_of_parts = [torch.cat(column) for column in zip(*cut, strict=True)]
         pairs = zip(columns, columns_of_parts, strict=True)
         columns = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]
-    names = [*map(name_of, depths), GRAMS_NAME]
+    names = [*map(name_of, depths), *([] if read_texts is None else [ENCODER_NAME]), GRAMS_NAME]
     return {name: DataStatistic(column) for name, column in zip(names, columns, strict=True)}
 
 
@@ -135,6 +146,7 @@ def take_statistics(
     progress: Progress = iter,
     steps: int | None = None,
     depths: Sequence[float] = DEPTHS,
+    encoder: str | None = None,
 ) -> list[StoredStatistics]:
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
@@ -148,17 +160,19 @@ def take_statistics(
         overwrite: Replace statistics of this kind that are there.
         steps: For `gates`, how many steps they are trained for; 100 if not given.
         depths: For prompts, after which shares of the transformer blocks they are read, rising; a router reads some.
+        encoder: For prompts, an encoder of sentences that reads their texts, too, for a router that has it.
 
     Raises:
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
         ValueError: Bases differ, or an expert has no validation rows; nothing has been measured yet.
     """
     asked = ValidationRows(data, ROWS) if isinstance(data, TaskMixture) else data
-    _check(kind, asked, steps)
+    _check(kind, asked, steps, encoder)
     opened = open_experts(experts, base=asked.base)
     check_statistics_targets(opened, kind, overwrite)
     mixture, labels = asked.of_experts(opened)
     base = Base.open(asked.base, opened)
+    read_texts = SentenceEncoder(encoder) if encoder else None
     mixture.take_tokenizer(base)
     if kind in OF_INPUTS:
         labels = "rows"
@@ -180,6 +194,8 @@ def take_statistics(
     model.to(device())
     facts: Record = {"split": "kept inputs" if asked.data is None else " and ".join(reading.splits)}
     facts["max_length"] = mixture.max_length
+    if read_texts is not None:
+        facts[ENCODER_NAME] = read_texts.fingerprint
     if labels == "experts":
         facts["labels"] = labels
         size = mixture.eval_batch_size
@@ -187,7 +203,7 @@ def take_statistics(
         examples = [answers_of(*pair, model, mixture, size, asked.max_new_tokens) for pair in pairs]
     batches = [batches_by_length(rows, mixture) for rows in examples]
     stored = []
-    measured = _measured(kind, model, opened, batches, steps, depths, progress)
+    measured = _measured(kind, model, opened, batches, steps, depths, progress, read_texts)
     for expert, rows, statistics in zip(opened, examples, measured, strict=True):
         tasks = Counter(row.task for row in rows)
         tokens = sum(len(row.tokens.ids) for row in rows)
@@ -197,12 +213,14 @@ def take_statistics(
     return stored
 
 
-def _check(kind: str, asked: ValidationRows, steps: int | None) -> None:
+def _check(kind: str, asked: ValidationRows, steps: int | None, encoder: str | None) -> None:
     """Refuse settings that a kind of statistics does not have."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     if kind in OF_INPUTS and asked.labels == "experts":
         raise ValueError(f"{kind} are read without answers; leave labels out")
+    if encoder and kind not in OF_INPUTS:
+        raise ValueError(f"encoder={encoder!r} reads prompts, and {kind} are of something else; leave encoder out")
     if asked.expert_of:
         raise ValueError("each expert answers the rows of its own tasks; leave expert_of out")
     if steps is not None and (kind != "gates" or steps < 1):
@@ -217,6 +235,7 @@ def _measured(
     steps: int | None,
     depths: Sequence[float],
     progress: Progress,
+    read_texts: ReadTexts | None,
 ) -> Iterator[Statistics]:
     """Yield the statistics of each expert."""
     names = list(union_of_weights(experts))
@@ -230,7 +249,7 @@ def _measured(
         shown = progress(Counted(own, "batches"))
         if kind in OF_INPUTS:
             # A router reads the states of the base alone.
-            yield prompt_statistics(model, shown, kind == "prompt_parts", depths)
+            yield prompt_statistics(model, shown, kind == "prompt_parts", depths, read_texts)
             continue
         with applied(model, expert, check=False):
             yield fisher(model, shown, names) if kind == "fisher" else gram(model, shown, names)

@@ -54,6 +54,9 @@ class KernelRidge(Router):
         shrink: Weight of the identity in the covariance, in (0, 1].
         reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
+        encoder: An encoder of sentences, by its directory or hub id, such as `sentence-transformers/all-MiniLM-L6-v2`;
+            its vector of a prompt's text counts beside the hidden states. Take it where tasks have few inputs, or
+            prompts come without an instruction; each prompt then takes a pass of the encoder, too.
         select: Turns scores into gates; the expert with the largest value alone by default.
     """
 
@@ -75,6 +78,7 @@ class KernelRidge(Router):
         shrink: float = 0.3,
         reject: float | None = 0.01,
         depths: Sequence[float] = (0.0, 0.25),
+        encoder: str | None = None,
         select: Selection | None = None,
     ) -> None:
         super().__init__(select)
@@ -85,6 +89,7 @@ class KernelRidge(Router):
         self.shrink = shrink
         self.reject = reject
         self.depths = list(depths)
+        self.encoder = encoder
         self.rejects = reject is not None
         for name in ("middle", "directions", "prompts", "factors", "rarity", "words", "typical", "lowest"):
             self.register_buffer(name, torch.empty(0))

@@ -67,6 +67,12 @@ def vectors_for(
 ) -> Tensor:
     """Return what a router of scope `sample` reads of each prompt, `(rows, size)`, with `prompt_vectors`' arguments."""
     parts = prompt_vectors(model, ids, mask, router.depths, prompt)
+    if router.encoder is not None:
+        if router.read_texts is None:
+            raise ValueError(
+                f"the encoder {router.encoder} is not open; set read_texts=SentenceEncoder({router.encoder!r})"
+            )
+        parts.append(router.read_texts(model, prompt_tokens(ids, mask, prompt)))
     if router.reads_grams:
         parts.append(prompt_grams(ids, mask, prompt).to(parts[0].device))
     return torch.cat(parts, 1)
@@ -222,6 +228,15 @@ def prompt_vectors(
         zero = torch.zeros((), device=ids.device)
         sums = [hidden.float().where(counted[..., None], zero).sum(1) for hidden in states]
     return [F.normalize(total, dim=1) for total in sums]
+
+
+def prompt_tokens(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None = None) -> list[list[int]]:
+    """Return the tokens of each prompt; `prompt_vectors` has the same arguments."""
+    inside = _inside_prompts(ids, mask, prompt)
+    if isinstance(mask, Packs):
+        rows = range(int(mask.row.max()) + 1)
+        return [ids[inside & (mask.row == row)].tolist() for row in rows]
+    return [line[own].tolist() for line, own in zip(ids, inside, strict=True)]
 
 
 def prompt_grams(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None = None) -> Tensor:

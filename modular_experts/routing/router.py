@@ -4,7 +4,7 @@ Read this file to write a router of your own: a class with `learn` and `scores`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +17,8 @@ Scope = Literal["sample", "linear"]
 
 GRAMS = 2048
 """How many numbers stand for the n-grams of a prompt."""
+ReadTexts = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
+"""Reads prompts as texts: a function of the model and the tokens of each prompt that returns vectors `(rows, size)`."""
 FOLDS = 4
 """Parts of the own prompts; each is measured by a router that learned from the other parts."""
 
@@ -24,10 +26,10 @@ FOLDS = 4
 class Router(nn.Module, ABC):
     """Chooses experts by the input; a subclass gives `__init__` with plain settings, `learn` and `scores`.
 
-    A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means
-    over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other, and behind them its
-    n-grams if the router `reads_grams`. In scope `linear` each weight has a router of its own, which sees the layer's
-    inputs and chooses for each token.
+    A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means over
+    its tokens of the base's hidden states at `depths`, each of length 1, one behind the other; behind them come the
+    vector of its text, if the router has an `encoder`, and its n-grams, if it `reads_grams`. In scope `linear` each
+    weight has a router of its own, which sees the layer's inputs and chooses for each token.
 
     Args:
         select: Turns scores into gates; the best expert alone by default.
@@ -45,6 +47,12 @@ class Router(nn.Module, ABC):
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
+
+    encoder: str | None = None
+    """The directory or the hub id of an encoder of sentences, which reads the text of each prompt."""
+
+    read_texts: ReadTexts | None = None
+    """The opened encoder (`base/sentence_encoder.py`), which `open_route` gives the router."""
 
     reads_grams: bool = False
     """Whether a router of scope `sample` also reads each prompt's n-grams of tokens (`prompt_grams`): `GRAMS` numbers

@@ -221,7 +221,10 @@ class RouteWay(MergeEntry):
                 fallback = place.with_name(f"{place.name}-fallback")
                 stack.callback(shutil.rmtree, fallback, ignore_errors=True)
                 self.fallback.merged(study, group, experts, fallback, chosen, written=True)
-            routed = route(experts, place, make("`merges=`", Router, self.router), fallback, overwrite=True)
+            router: Router = make("`merges=`", Router, self.router)
+            # A piece before this one took what routers learn from, but for the vectors of an encoder.
+            data = ChoiceRows(tasks_of(study, group.own), **study.data) if router.encoder else None
+            routed = route(experts, place, router, fallback, data, overwrite=True, base=str(study.base))
             yield CombinedGroup([routed], routed.record["hyperparameters"])
 
 
