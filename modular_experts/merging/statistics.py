@@ -71,14 +71,15 @@ def prompt_statistics(
 
     With `parts`, a part of each prompt follows it, `(2 rows, size)`. The parts of the first, third, ... prompt lack the
     instruction: they are the longest stretch of tokens between the first places of the tokens that nearly all prompts
-    hold (`SHARED`). The other parts lack a share of the tokens at the front, between 0 and `MOST_CUT`.
+    hold (`SHARED`). The other parts lack a share of the tokens at the front, between 0 and `MOST_CUT`. An encoder reads
+    a text for its meaning, so it gets all parts without the instruction.
     """
     read: list[_ReadPrompts] = []
     vectors: list[list[Tensor]] = []
 
-    def vectors_of(ids: Tensor, mask: Tensor, prompt: Tensor) -> list[Tensor]:
+    def vectors_of(ids: Tensor, mask: Tensor, of_text: Tensor, prompt: Tensor) -> list[Tensor]:
         of_depths = prompt_vectors(model, ids, mask, depths, prompt)
-        of_texts = [] if read_texts is None else [read_texts(model, prompt_tokens(ids, mask, prompt))]
+        of_texts = [] if read_texts is None else [read_texts(model, prompt_tokens(ids, of_text, prompt))]
         return [*of_depths, *of_texts, prompt_grams(ids, mask, prompt)]
 
     for batch in batches:
@@ -87,13 +88,14 @@ def prompt_statistics(
         # The places before the first target.
         prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
         read.append(_ReadPrompts(ids, mask, prompt))
-        vectors.append(vectors_of(ids, mask, prompt))
+        vectors.append(vectors_of(ids, mask, mask, prompt))
     if not read:
         raise ValueError("prompts need at least one row, and there was none")
     # From batches with all depths to depths with all rows.
     columns = [torch.cat(column) for column in zip(*vectors, strict=True)]
     if parts:
-        cut = [vectors_of(own.ids, part, own.prompt) for own, part in zip(read, _parts(read), strict=True)]
+        masks = zip(read, _parts(read), _parts(read, fronts=False), strict=True)
+        cut = [vectors_of(own.ids, part, of_text, own.prompt) for own, part, of_text in masks]
         columns_of_parts = [torch.cat(column) for column in zip(*cut, strict=True)]
         pairs = zip(columns, columns_of_parts, strict=True)
         columns = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]
@@ -101,8 +103,11 @@ def prompt_statistics(
     return {name: DataStatistic(column) for name, column in zip(names, columns, strict=True)}
 
 
-def _parts(batches: Sequence[_ReadPrompts]) -> Iterator[Tensor]:
-    """Yield for each batch the attention mask of a part of each prompt."""
+def _parts(batches: Sequence[_ReadPrompts], fronts: bool = True) -> Iterator[Tensor]:
+    """Yield for each batch the attention mask of a part of each prompt; every second one lacks its front if `fronts`.
+
+    The others lack the instruction.
+    """
     inside = [batch.prompt & batch.mask.bool() for batch in batches]
     rows: list[list[int]] = []
     for batch, places in zip(batches, inside, strict=True):
@@ -113,7 +118,7 @@ def _parts(batches: Sequence[_ReadPrompts]) -> Iterator[Tensor]:
     for places in inside:
         mask = torch.zeros_like(places, dtype=torch.int64)
         for line, own in zip(mask, places, strict=True):
-            line[own.nonzero()[:, 0][part_of(rows[number], number, shared)]] = 1
+            line[own.nonzero()[:, 0][part_of(rows[number], number if fronts else 0, shared)]] = 1
             number += 1
         yield mask
 

@@ -23,6 +23,10 @@ SIZE = 128
 """The most numbers of a prompt's hidden states that the kernel compares."""
 MOST = 4096
 """The most prompts that the regression learns from, each with its part, equal shares of all experts."""
+SHRINK = 0.3
+"""The weight of the identity in the covariance, which found the most own experts without an encoder."""
+SHRINK_WITH_ENCODER = 0.8
+"""The same with an encoder (`docs/results/routing.md`)."""
 NARROW = 2.0
 """How quickly hidden states grow unlike."""
 WORDS = 0.25
@@ -51,7 +55,7 @@ class KernelRidge(Router):
 
     Args:
         ridge: Weight of the ridge for each prompt, above 0.
-        shrink: Weight of the identity in the covariance, in (0, 1].
+        shrink: Weight of the identity in the covariance, in (0, 1]; 0.3 if not given, and 0.8 with an encoder.
         reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
         encoder: An encoder of sentences, by its directory or hub id, such as `sentence-transformers/all-MiniLM-L6-v2`;
@@ -75,13 +79,15 @@ class KernelRidge(Router):
     def __init__(
         self,
         ridge: float = 3e-6,
-        shrink: float = 0.3,
+        shrink: float | None = None,
         reject: float | None = 0.01,
         depths: Sequence[float] = (0.0, 0.25),
         encoder: str | None = None,
         select: Selection | None = None,
     ) -> None:
         super().__init__(select)
+        if shrink is None:
+            shrink = SHRINK_WITH_ENCODER if encoder else SHRINK
         if not ridge > 0 or not 0 < shrink <= 1:
             raise ValueError(f"KernelRidge: ridge={ridge} must be positive, and shrink={shrink} in (0, 1]")
         check_reading("KernelRidge", depths, reject)
