@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
+from testbed import classifiers
 from testbed.forked import ended, forked
 from testbed.here import STUDY, Here, work_here
 from testbed.peft_adapters import PEFT_WARNINGS
@@ -105,6 +106,21 @@ def test_own_expert(tmp_path, one_block, task_files) -> None:
     printed = run_script("own_expert.py", one_block, task_files["upper"], task_files["reverse"], *how)
     assert [row["router"] for row in json.loads(file.read_text())] == ["Centroid", "Classifier", "KernelRidge"]
     assert "| 4 | `KernelRidge` | " in printed
+    how += ["--encoder", classifiers.build("bert", tmp_path / "encoder"), "--reject", 0.2]
+    printed = run_script("own_expert.py", one_block, task_files["upper"], task_files["reverse"], *how)
+    assert "| 4 | `KernelRidge with the encoder` | " in printed
+
+
+@pytest.mark.parametrize("kind", ["lora", "sparse"])
+def test_answer_only(tmp_path, one_block, task_files, kind) -> None:
+    file = tmp_path / "report.json"
+    how = ["--kind", kind, "--acts", 1, 3, "--steps", 3, "--same", "steps", "--dtype", "float32", "--json", file]
+    printed = run_script("answer_only.py", one_block, task_files["upper"], *how)
+    assert "| upper | 0 | the answer and 3 before | 3 | " in printed
+    whole, one, three = json.loads(file.read_text())
+
+    assert whole["loss"] != one["loss"] != three["loss"]
+    assert (whole["acts"], one["acts"], three["acts"]) == (0, 1, 3)
 
 
 def test_new_task(tmp_path, one_block, task_files) -> None:

@@ -130,21 +130,10 @@ def test_statistics_without_the_encoder_are_replaced(library, encoder, task_file
 def test_the_command_routes_with_an_encoder(library, encoder, task_files, tmp_path, capsys) -> None:
     tasks = [str(task_files[name]) for name in TASKS]
     experts = [str(library / name) for name in TASKS]
-    code = main(
-        [
-            "route",
-            "--experts",
-            *experts,
-            "--tasks",
-            *tasks,
-            "--router.encoder",
-            str(encoder),
-            "--out",
-            str(tmp_path / "r"),
-        ]
-    )
+    how = ["--router.encoder", str(encoder), "--out", str(tmp_path / "r")]
+    code = main(["route", "--experts", *experts, "--tasks", *tasks, *how])
     assert code == 0, capsys.readouterr().err
-    assert f"encoder={str(encoder)!r}" in capsys.readouterr().out.replace('"', "'")
+    assert f"shrink=0.8, depths=[0.0, 0.25], encoder={str(encoder)!r}" in capsys.readouterr().out.replace('"', "'")
     assert main(["generate", "--experts", str(tmp_path / "r"), "--prompt", "upper bat:", "--max_new_tokens", "2"]) == 0
 
 
