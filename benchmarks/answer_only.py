@@ -1,4 +1,4 @@
-"""Whether experts that act on the answer alone are as good as ordinary ones, in the same steps and in the same CPU time.
+"""Whether experts that act on the answer alone are as good as ordinary ones, in as many steps or as much CPU time.
 
 An answer-only expert acts from the last token of the prompt on. The base alone reads what stands before, once: keys and
 values of these tokens are kept. An ordinary expert reads the whole row in each step. Both get the same rows in the same
