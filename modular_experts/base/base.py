@@ -470,14 +470,22 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
     experts = _of_copies_first(experts)
     for expert in experts:
         recorded = str(expert.record["base"].get("id") or "")
-        beside = expert.path.parent.parent
-        for place in (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name):
-            if recorded and place.is_dir():
-                return str(place)
+        if recorded and (place := directory_of(recorded, expert)):
+            return str(place)
     named = experts[0].record["base"].get("id")
     if not named:
         raise ValueError(f"the record of {experts[0].place} does not name its base; give its directory or hub id")
     return str(named)
+
+
+def directory_of(recorded: str, expert: StoredExpert) -> Path | None:
+    """Return the directory that an expert's record names, or the same path or name beside the library; None if neither.
+
+    The name of a hub is no directory.
+    """
+    beside = expert.path.parent.parent
+    places = (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def adopt_smaller(experts: Sequence[StoredExpert]) -> None:

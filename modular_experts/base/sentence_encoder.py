@@ -32,7 +32,10 @@ class SentenceEncoder:
     """
 
     def __init__(self, place: str | Path) -> None:
-        base = Base.open(place)
+        try:
+            base = Base.open(place)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"a router's encoder of sentences is missing: {error}") from error
         if getattr(base.structure.model, "head_place", None) != POOLED:
             raise ValueError(
                 f"encoder={str(place)!r} is a {base.structure.architecture}, and not an encoder of sentences; give one "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, moved_quantised, open_several
+from modular_experts.base.base import directory_of
 from modular_experts.base.sentence_encoder import SentenceEncoder
 from modular_experts.deltas import Delta, add
 from modular_experts.experts.expert import Expert
@@ -193,10 +194,10 @@ def open_route(
     for place, own in routers.items():
         own.load_state(state.get(place, {}), count)
     if router.encoder is not None:
-        encoder = SentenceEncoder(router.encoder)
+        encoder = SentenceEncoder(directory_of(router.encoder, expert) or router.encoder)
         if learned_with is None or not torch.equal(learned_with, fingerprint_tensor(encoder.fingerprint)):
             raise ValueError(
-                f"{expert.name} learned with another encoder than the one that lies at {router.encoder} now; put that "
+                f"{expert.name} learned with another encoder than the one that lies at {encoder.place} now; put that "
                 "one there again, or route the experts anew"
             )
         routers[MODEL].read_texts = encoder

@@ -133,7 +133,9 @@ def test_the_command_routes_with_an_encoder(library, encoder, task_files, tmp_pa
     how = ["--router.encoder", str(encoder), "--out", str(tmp_path / "r")]
     code = main(["route", "--experts", *experts, "--tasks", *tasks, *how])
     assert code == 0, capsys.readouterr().err
-    assert f"shrink=0.8, depths=[0.0, 0.25], encoder={str(encoder)!r}" in capsys.readouterr().out.replace('"', "'")
+    assert f"shrink=0.8, reject=0.01, depths=[0.0, 0.25], encoder={str(encoder)!r}" in capsys.readouterr().out.replace(
+        '"', "'"
+    )
     assert main(["generate", "--experts", str(tmp_path / "r"), "--prompt", "upper bat:", "--max_new_tokens", "2"]) == 0
 
 
@@ -155,6 +157,7 @@ def test_another_encoder_at_the_same_place_is_refused(tiny_llama_dir, task_files
     for name in TASKS:
         shutil.copytree(library / name, tmp_path / name)
     route([tmp_path / name for name in TASKS], tmp_path / "route", router(place), data=data(task_files))
+    first = shutil.copytree(place, tmp_path / "first")
     torch.manual_seed(5)
     other = AutoModel.from_pretrained(place)
     other.get_input_embeddings().weight.data.normal_()
@@ -162,5 +165,14 @@ def test_another_encoder_at_the_same_place_is_refused(tiny_llama_dir, task_files
     with pytest.raises(ValueError, match="route learned with another encoder than the one that lies at"):
         open_route(open_expert(tmp_path / "route"))
     shutil.rmtree(place)
-    with pytest.raises(FileNotFoundError, match="sentences"):
+    with pytest.raises(
+        FileNotFoundError, match="a router's encoder of sentences is missing: base '.*sentences' was not"
+    ):
         open_route(open_expert(tmp_path / "route"))
+    # A moved library finds the encoder beside it.
+    (tmp_path / "elsewhere").mkdir()
+    for name in [*TASKS, "route"]:
+        shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / "library" / name)
+    shutil.copytree(first, tmp_path / "elsewhere" / "sentences")
+    (learned,) = open_route(open_expert(tmp_path / "elsewhere" / "library" / "route")).routers.values()
+    assert learned.read_texts.place == str(tmp_path / "elsewhere" / "sentences")
