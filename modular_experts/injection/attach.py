@@ -30,7 +30,7 @@ from modular_experts.library.described import find_class, rebuild, settings, sho
 from modular_experts.library.expert import stored_experts_of
 from modular_experts.library.record import Facts, Record
 from modular_experts.routing.gates import Selection
-from modular_experts.routing.router import Router
+from modular_experts.routing.router import Router, TextRouter
 from modular_experts.text import did_you_mean
 
 MODEL = "router"
@@ -193,14 +193,14 @@ def open_route(
     routers = {place: copy.deepcopy(router) for place in places}
     for place, own in routers.items():
         own.load_state(state.get(place, {}), count)
-    if router.encoder is not None:
+    if isinstance(router, TextRouter) and router.encoder is not None:
         encoder = SentenceEncoder(directory_of(router.encoder, expert) or router.encoder)
         if learned_with is None or not torch.equal(learned_with, fingerprint_tensor(encoder.fingerprint)):
             raise ValueError(
                 f"{expert.name} learned with another encoder than the one that lies at {encoder.place} now; put that "
                 "one there again, or route the experts anew"
             )
-        routers[MODEL].read_texts = encoder
+        routers[MODEL].encode = encoder  # type: ignore[assignment]
     return OpenedRoute(routers, members, parents[count] if len(parents) > count else None)
 
 

@@ -42,6 +42,7 @@ from modular_experts.merging.statistics import batches_by_length, take_statistic
 from modular_experts.methods import Distilled
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
+from modular_experts.routing.router import encoder_of
 from modular_experts.training.estimate import logging_from
 
 MEASURED = "combine.json"
@@ -357,9 +358,9 @@ class _Combining:
         lacking = without_statistics(self._beside(self._whole), self._router)
         if lacking:
             rows = ValidationRows(self._rows.learned, self._routed_rows, self._base, dtype=self._dtype)
-            router = self._router
-            renew = router.encoder is not None
-            take_statistics(lacking, kind, rows, renew, progress, depths=router.depths, encoder=router.encoder)
+            encoder = encoder_of(self._router)
+            renew = encoder is not None
+            take_statistics(lacking, kind, rows, renew, progress, depths=self._router.depths, encoder=encoder)
 
     def _beside(self, library: Path) -> list[StoredExpert]:
         return [open_expert(library / expert.name) for expert in self._opened]

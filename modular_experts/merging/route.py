@@ -30,7 +30,7 @@ from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import ENCODER_NAME, GRAMS_NAME, name_of, take_statistics
 from modular_experts.progress import Progress
 from modular_experts.routing import DEFAULT_ROUTER, Mixture, Router
-from modular_experts.routing.router import check_fallback
+from modular_experts.routing.router import check_fallback, encoder_of
 
 
 def route(
@@ -137,16 +137,17 @@ def _take_missing(router: Router, experts: Sequence[StoredExpert], rows: Validat
         )
     if lacking:
         # Statistics without the encoder's vectors are replaced by the same ones with them.
-        take_statistics(lacking, kind, rows, router.encoder is not None, progress, encoder=router.encoder)
+        encoder = encoder_of(router)
+        take_statistics(lacking, kind, rows, encoder is not None, progress, encoder=encoder)
 
 
 def without_statistics(experts: Sequence[StoredExpert], router: Router) -> list[StoredExpert]:
     """Return the experts that lack statistics that a router needs, or in these the vectors of the router's encoder."""
     kind = str(router.needs)
     taken = [expert for expert in experts if kind in kinds_of_statistics(expert)]
-    if router.encoder is not None:
-        encoder = Base.open(router.encoder).fingerprint
-        taken = [expert for expert in taken if open_statistics(expert, kind).facts["data"].get(ENCODER_NAME) == encoder]
+    if encoder := encoder_of(router):
+        wanted = Base.open(encoder).fingerprint
+        taken = [expert for expert in taken if open_statistics(expert, kind).facts["data"].get(ENCODER_NAME) == wanted]
     return [expert for expert in experts if expert not in taken]
 
 
@@ -169,15 +170,15 @@ def _learned_state(router: Router, experts: Sequence[StoredExpert], base: str | 
     for place, learned in routers.items():
         state |= {f"{place}/{name}": tensor for name, tensor in learned.state().items()}
     state[f"{MODEL}/{COUNT}"] = torch.tensor(len(experts))
-    if router.encoder is not None:
-        state[f"{MODEL}/{ENCODER}"] = fingerprint_tensor(Base.open(router.encoder).fingerprint)
+    if encoder := encoder_of(router):
+        state[f"{MODEL}/{ENCODER}"] = fingerprint_tensor(Base.open(encoder).fingerprint)
     return state
 
 
 def _prompts(statistics: StoredStatistics, expert: StoredExpert, router: Router) -> Tensor:
     """Return what the router reads of an expert's prompts, `(rows, size)`, as a forward pass gives it."""
     names = list(map(name_of, router.depths))
-    if router.encoder is not None:
+    if encoder_of(router):
         names.append(ENCODER_NAME)
     if router.reads_grams:
         names.append(GRAMS_NAME)

@@ -31,7 +31,7 @@ from modular_experts.merging.objective import ValidationRows, answers_of
 from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import prompt_grams, prompt_tokens, prompt_vectors
-from modular_experts.routing.router import ReadTexts
+from modular_experts.routing.router import Encode
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ def prompt_statistics(
     batches: Iterable[Batch],
     parts: bool = False,
     depths: Sequence[float] = DEPTHS,
-    read_texts: ReadTexts | None = None,
+    encode: Encode | None = None,
 ) -> dict[str, DataStatistic]:
     """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on, and `n-grams`.
 
-    With `read_texts` the vectors of their texts are there, too, under `encoder`.
+    With `encode` the vectors of their texts are there, too, under `encoder`.
 
     With `parts`, a part of each prompt follows it, `(2 rows, size)`. The parts of the first, third, ... prompt lack the
     instruction: they are the longest stretch of tokens between the first places of the tokens that nearly all prompts
@@ -79,7 +79,7 @@ def prompt_statistics(
 
     def vectors_of(ids: Tensor, mask: Tensor, of_text: Tensor, prompt: Tensor) -> list[Tensor]:
         of_depths = prompt_vectors(model, ids, mask, depths, prompt)
-        of_texts = [] if read_texts is None else [read_texts(model, prompt_tokens(ids, of_text, prompt))]
+        of_texts = [] if encode is None else [encode(model, prompt_tokens(ids, of_text, prompt))]
         return [*of_depths, *of_texts, prompt_grams(ids, mask, prompt)]
 
     for batch in batches:
@@ -99,7 +99,7 @@ def prompt_statistics(
         columns_of_parts = [torch.cat(column) for column in zip(*cut, strict=True)]
         pairs = zip(columns, columns_of_parts, strict=True)
         columns = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]
-    names = [*map(name_of, depths), *([] if read_texts is None else [ENCODER_NAME]), GRAMS_NAME]
+    names = [*map(name_of, depths), *([] if encode is None else [ENCODER_NAME]), GRAMS_NAME]
     return {name: DataStatistic(column) for name, column in zip(names, columns, strict=True)}
 
 
@@ -177,7 +177,7 @@ def take_statistics(
     check_statistics_targets(opened, kind, overwrite)
     mixture, labels = asked.of_experts(opened)
     base = Base.open(asked.base, opened)
-    read_texts = SentenceEncoder(encoder) if encoder else None
+    encode = SentenceEncoder(encoder) if encoder else None
     mixture.take_tokenizer(base)
     if kind in OF_INPUTS:
         labels = "rows"
@@ -199,8 +199,8 @@ def take_statistics(
     model.to(device())
     facts: Record = {"split": "kept inputs" if asked.data is None else " and ".join(reading.splits)}
     facts["max_length"] = mixture.max_length
-    if read_texts is not None:
-        facts[ENCODER_NAME] = read_texts.fingerprint
+    if encode is not None:
+        facts[ENCODER_NAME] = encode.fingerprint
     if labels == "experts":
         facts["labels"] = labels
         size = mixture.eval_batch_size
@@ -208,7 +208,7 @@ def take_statistics(
         examples = [answers_of(*pair, model, mixture, size, asked.max_new_tokens) for pair in pairs]
     batches = [batches_by_length(rows, mixture) for rows in examples]
     stored = []
-    measured = _measured(kind, model, opened, batches, steps, depths, progress, read_texts)
+    measured = _measured(kind, model, opened, batches, steps, depths, progress, encode)
     for expert, rows, statistics in zip(opened, examples, measured, strict=True):
         tasks = Counter(row.task for row in rows)
         tokens = sum(len(row.tokens.ids) for row in rows)
@@ -240,7 +240,7 @@ def _measured(
     steps: int | None,
     depths: Sequence[float],
     progress: Progress,
-    read_texts: ReadTexts | None,
+    encode: Encode | None,
 ) -> Iterator[Statistics]:
     """Yield the statistics of each expert."""
     names = list(union_of_weights(experts))
@@ -254,7 +254,7 @@ def _measured(
         shown = progress(Counted(own, "batches"))
         if kind in OF_INPUTS:
             # A router reads the states of the base alone.
-            yield prompt_statistics(model, shown, kind == "prompt_parts", depths, read_texts)
+            yield prompt_statistics(model, shown, kind == "prompt_parts", depths, encode)
             continue
         with applied(model, expert, check=False):
             yield fisher(model, shown, names) if kind == "fisher" else gram(model, shown, names)

@@ -12,8 +12,7 @@ from modular_experts.routing.gates import Gates, Selection
 from modular_experts.routing.router import (
     FOLDS,
     GRAMS,
-    Router,
-    Scope,
+    TextRouter,
     check_prompts,
     check_reading,
     means_and_precision,
@@ -38,7 +37,7 @@ NO_DISTANCE = 1e-6
 """A squared distance that rounding can make, where that from the middle is 1 on average."""
 
 
-class KernelRidge(Router):
+class KernelRidge(TextRouter):
     """The expert with the largest value of a kernel ridge regression of whose prompt it is.
 
     Two prompts are alike by `exp(-2 |u - v|^2) + 1/4 a . b`. u and v are their hidden states in the `SIZE` directions
@@ -64,7 +63,6 @@ class KernelRidge(Router):
         select: Turns scores into gates; the expert with the largest value alone by default.
     """
 
-    scope: ClassVar[Scope] = "sample"
     needs: ClassVar[str | None] = "prompt_parts"
     reads_grams = True
     middle: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modular_experts.language_model import blocks_of, prompt_reader, reads_prompts_apart
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
-from modular_experts.routing.router import GRAMS, Router
+from modular_experts.routing.router import GRAMS, Router, TextRouter
 
 Named = Mapping[str, Any]
 """The keyword arguments of a forward pass."""
@@ -67,12 +67,12 @@ def vectors_for(
 ) -> Tensor:
     """Return what a router of scope `sample` reads of each prompt, `(rows, size)`, with `prompt_vectors`' arguments."""
     parts = prompt_vectors(model, ids, mask, router.depths, prompt)
-    if router.encoder is not None:
-        if router.read_texts is None:
+    if isinstance(router, TextRouter) and router.encoder is not None:
+        if router.encode is None:
             raise ValueError(
-                f"the encoder {router.encoder} is not open; set read_texts=SentenceEncoder({router.encoder!r})"
+                f"the encoder {router.encoder} is not open; set encode=SentenceEncoder({router.encoder!r})"
             )
-        parts.append(router.read_texts(model, prompt_tokens(ids, mask, prompt)))
+        parts.append(router.encode(model, prompt_tokens(ids, mask, prompt)))
     if router.reads_grams:
         parts.append(prompt_grams(ids, mask, prompt).to(parts[0].device))
     return torch.cat(parts, 1)

@@ -17,7 +17,7 @@ Scope = Literal["sample", "linear"]
 
 GRAMS = 2048
 """How many numbers stand for the n-grams of a prompt."""
-ReadTexts = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
+Encode = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
 """Reads prompts as texts: a function of the model and the tokens of each prompt that returns vectors `(rows, size)`."""
 FOLDS = 4
 """Parts of the own prompts; each is measured by a router that learned from the other parts."""
@@ -27,9 +27,9 @@ class Router(nn.Module, ABC):
     """Chooses experts by the input; a subclass gives `__init__` with plain settings, `learn` and `scores`.
 
     A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means over
-    its tokens of the base's hidden states at `depths`, each of length 1, one behind the other; behind them come the
-    vector of its text, if the router has an `encoder`, and its n-grams, if it `reads_grams`. In scope `linear` each
-    weight has a router of its own, which sees the layer's inputs and chooses for each token.
+    its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. Behind them come the
+    vector of its text, if the router has an encoder (`TextRouter`), and its n-grams, if it `reads_grams`. In scope
+    `linear` each weight has a router of its own, which sees the layer's inputs and chooses for each token.
 
     Args:
         select: Turns scores into gates; the best expert alone by default.
@@ -47,12 +47,6 @@ class Router(nn.Module, ABC):
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
-
-    encoder: str | None = None
-    """The directory or the hub id of an encoder of sentences, which reads the text of each prompt."""
-
-    read_texts: ReadTexts | None = None
-    """The opened encoder (`base/sentence_encoder.py`), which `open_route` gives the router."""
 
     reads_grams: bool = False
     """Whether a router of scope `sample` also reads each prompt's n-grams of tokens (`prompt_grams`): `GRAMS` numbers
@@ -112,6 +106,21 @@ class Router(nn.Module, ABC):
             if name in self._buffers:
                 self._buffers[name] = tensor
         self.load_state_dict(dict(state))
+
+
+class TextRouter(Router):
+    """A router of scope `sample` that may also read each prompt's text, by an encoder of sentences beside the base."""
+
+    scope: ClassVar[Scope] = "sample"
+    encoder: str | None = None
+    """The encoder's directory or hub id; None reads no texts."""
+    encode: Encode | None = None
+    """The opened encoder (`base/sentence_encoder.py`), which `open_route` gives the router."""
+
+
+def encoder_of(router: Router) -> str | None:
+    """Return the directory or the hub id of a router's encoder of sentences; None if it has none."""
+    return router.encoder if isinstance(router, TextRouter) else None
 
 
 def check_reading(name: str, depths: Sequence[float], reject: float | None = None) -> None:

@@ -28,7 +28,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.reports.results import Facts
 from modular_experts.routing import Router
-from modular_experts.routing.router import check_fallback
+from modular_experts.routing.router import check_fallback, encoder_of
 from modular_experts.study.apart import ROWS, Apart, CombinedGroup, MergeEntry, bytes_in_use, measured_apart
 from modular_experts.study.parser import make
 from modular_experts.study.plan import Group, Study
@@ -223,7 +223,7 @@ class RouteWay(MergeEntry):
                 self.fallback.merged(study, group, experts, fallback, chosen, written=True)
             router: Router = make("`merges=`", Router, self.router)
             # A piece before this one took what routers learn from, but for the vectors of an encoder.
-            data = ChoiceRows(tasks_of(study, group.own), **study.data) if router.encoder else None
+            data = ChoiceRows(tasks_of(study, group.own), **study.data) if encoder_of(router) else None
             routed = route(experts, place, router, fallback, data, overwrite=True, base=str(study.base))
             yield CombinedGroup([routed], routed.record["hyperparameters"])
 

@@ -148,7 +148,7 @@ def test_mistakes_get_a_sentence(library, tiny_llama_dir, encoder, task_files, t
         take_statistics([library / "upper"], "gram", data(task_files), encoder="x")
     alone = router(encoder)
     alone.experts = 2
-    with pytest.raises(ValueError, match=re.escape(f"the encoder {encoder} is not open; set read_texts=Sent")):
+    with pytest.raises(ValueError, match=re.escape(f"the encoder {encoder} is not open; set encode=Sent")):
         vectors_for(alone, Base.open(tiny_llama_dir).load(), torch.tensor([[5, 6]]))
 
 
@@ -173,4 +173,4 @@ def test_another_encoder_at_the_same_place_is_refused(tiny_llama_dir, task_files
         shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / "library" / name)
     shutil.copytree(first, tmp_path / "elsewhere" / "sentences")
     (learned,) = open_route(open_expert(tmp_path / "elsewhere" / "library" / "route")).routers.values()
-    assert learned.read_texts.place == str(tmp_path / "elsewhere" / "sentences")
+    assert learned.encode.place == str(tmp_path / "elsewhere" / "sentences")
