@@ -70,7 +70,7 @@ class Run:
 
     def _inject_entries(self) -> None:
         """Train the entries with the largest gradients of one batch."""
-        layers = {
+        layers: dict[str, Any] = {
             name: layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, torch.nn.Linear) and name != "lm_head"
@@ -86,9 +86,10 @@ class Run:
             layer.weight.grad = None
             layer.weight.requires_grad_(False)
         inject(self.model, partial(SparseExpert, keep_ratio=KEEP), "all-linear")
-        for name, expert in named_experts(self.model):
-            layer_name = name.removesuffix(".weight")
-            expert.resize(self.model.get_submodule(layer_name).weight, units[layer_name])  # type: ignore[union-attr]
+        experts: dict[str, Any] = dict(named_experts(self.model))
+        for name, expert in experts.items():
+            layer = name.removesuffix(".weight")
+            expert.resize(self.model.get_submodule(layer).weight, units[layer])
 
     def passive(self, row: Row) -> tuple[int, ...]:
         """Return the tokens that the base alone reads."""
