@@ -481,7 +481,7 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
 def directory_of(recorded: str, expert: StoredExpert) -> Path | None:
     """Return the directory that an expert's record names, or the same path or name beside the library; None if neither.
 
-    The name of a hub is no directory.
+    A name of a hub is kept as it is.
     """
     beside = expert.path.parent.parent
     places = (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name)
