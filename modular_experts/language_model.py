@@ -29,9 +29,17 @@ def is_classifier(model: nn.Module) -> bool:
     return hasattr(model, "head_place")
 
 
+def acts_on_answers(model: nn.Module) -> bool:
+    """Return whether the experts of a model act on answers alone (`injection/answer_only.py`)."""
+    return hasattr(model, "answer_only")
+
+
 def reads_prompts_apart(model: nn.Module) -> bool:
-    """Return whether a model reads a prompt without the answer behind it: an encoder-decoder, or a classifier."""
-    return is_classifier(model) or prompt_reader(model) is not model
+    """Return whether a model reads a prompt without the answer behind it.
+
+    An encoder-decoder does, a classifier, and a model whose experts act on answers alone.
+    """
+    return is_classifier(model) or acts_on_answers(model) or prompt_reader(model) is not model
 
 
 def _decoder(model: Any) -> str:

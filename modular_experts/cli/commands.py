@@ -134,6 +134,7 @@ _TRAINING = {
     "--learning_rate X": "Peak rate; each type of expert has its own default.",
     "--batch_size N": "Rows of a step, of all processes. (default: 8)",
     "--loss DPO": "Learn from rows with `chosen` and `rejected`.",
+    "--acts_on answer": "Leave prompts to the base: quicker, for short answers.",
 }
 _APPLIED = {"--experts A [B ...]": "Experts to add to the base first."}
 _ANSWERS = {"--max_new_tokens N": "The most tokens of an answer. (default: 64)"}

@@ -247,6 +247,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     for name, score in sorted(record["scores"].items()):
         metric, _, task = name.partition("/")
         yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score)}"
+    if expert.acts_on_answers:
+        yield "acts on", "answers alone; the base reads prompts"
     if not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():

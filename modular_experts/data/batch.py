@@ -206,6 +206,51 @@ def encoder_inputs(batch: Batch, start: int, pad: int = 0) -> EncoderInputs:
     return EncoderInputs(ids, prompt[:, :longest].long(), decoder_ids, follows.long(), labelled)
 
 
+class AnswerInputs(NamedTuple):
+    """How a model whose experts act on answers alone reads a padded batch.
+
+    Attributes:
+        before: The prompts without their last tokens, which the base reads, `(n, width)` int64, padded on the left.
+        before_mask: 1 on these tokens, `(n, width)` int64.
+        ids: The last token of each prompt, and its answer without its last token, `(n, longest answer)` int64.
+        mask: 1 where a token follows, `(n, longest answer)` int64.
+        places: The places of `ids` in their rows, `(n, longest answer)` int64.
+        labelled: Where the model predicts a labelled token, `(n, longest answer)` bool, in the order of the batch.
+    """
+
+    before: Tensor
+    before_mask: Tensor
+    ids: Tensor
+    mask: Tensor
+    places: Tensor
+    labelled: Tensor
+
+
+def answer_inputs(batch: Batch) -> AnswerInputs:
+    """Divide a padded batch behind the last token but one of each prompt.
+
+    Raises:
+        ValueError: A row has several answers, as a conversation has that is trained on.
+    """
+    # Nothing predicts the first token of a row, so it belongs to the prompt.
+    labels = torch.cat([torch.full_like(batch["labels"][:, :1], IGNORED), batch["labels"][:, 1:]], 1)
+    divided = encoder_inputs(batch | {"labels": labels}, 0)
+    goes_on = (~divided.labelled).cumsum(1) > 0
+    if bool((divided.labelled & goes_on).any()):
+        raise ValueError(
+            "a row has several answers with other tokens between them, and experts that act on answers alone take one "
+            "answer behind one prompt; give each of the assistant's turns a row of its own"
+        )
+    prompts = divided.mask.sum(1, keepdim=True)
+    ids = torch.cat([divided.ids.gather(1, prompts - 1), divided.decoder_ids[:, 1:]], 1)
+    # A model that reads no token leaves no cache.
+    width = max(1, int(prompts.max()) - 1)
+    before = torch.arange(width, device=ids.device) - width + prompts - 1
+    places = prompts - 1 + torch.arange(ids.shape[1], device=ids.device)
+    read = divided.ids.gather(1, before.clamp(min=0))
+    return AnswerInputs(read, (before >= 0).long(), ids, divided.decoder_mask, places, divided.labelled)
+
+
 def repacked(batch: Batch) -> Batch:
     """Return the tokens of a padded batch as a packed batch, in packs of at most `PACK_LENGTH` tokens or a row."""
     lengths = batch["attention_mask"].sum(1).tolist()

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from modular_experts.data.batch import IGNORED, Batch, encoder_inputs
+from modular_experts.data.batch import IGNORED, Batch, answer_inputs, encoder_inputs
+from modular_experts.injection.answer_only import attention_of_answers
 from modular_experts.injection.sharded import is_sharded
 from modular_experts.injection.task_heads import task_heads
-from modular_experts.language_model import is_classifier, reads_prompts_apart
+from modular_experts.language_model import acts_on_answers, is_classifier, reads_prompts_apart
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
 
@@ -36,6 +37,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
             packed batch `position_ids` take the place of the mask. An encoder-decoder gets the prompts in its encoder,
             and the rest in its decoder. A classifier gets the prompts, and its vocabulary are the classes of its heads.
+            Where experts act on answers alone, the base reads the prompts first (`injection/answer_only.py`).
         batch: A batch as `data/batch.py` describes it; with a `cache`, the model leaves its state there.
     """
     labels, has_label = _predicted(batch)
@@ -59,6 +61,12 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 def _inputs(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
     """Return what a model is called with, and where its logits predict a labelled token `(lines, length)`."""
+    if acts_on_answers(model):
+        read = answer_inputs(batch)
+        named = {"input_ids": read.ids, "position_ids": read.places}
+        named["attention_mask"] = torch.cat([read.before_mask, read.mask], 1)
+        named["cache"] = cast(Any, model).answer_only.read(read.before, read.before_mask)
+        return named, read.labelled
     if not reads_prompts_apart(model):
         names = ("input_ids", "attention_mask", "position_ids", "cache")
         return {name: batch[name] for name in names if name in batch}, _predicted(batch)[1]
@@ -83,9 +91,10 @@ def _logits(
     prompt = tokens if reads_prompts_apart(model) else _prompts(batch)
     if fillers := [row for row, task in enumerate(batch.get("task", [])) if task == ""]:
         tokens = tokens & ~torch.isin(owner, torch.tensor(fillers, device=owner.device))
-    with reading(prompt, batch.get("task"), tokens, batch.get("row")):
+    attention = attention_of_answers(model, inputs["input_ids"])
+    with reading(prompt, batch.get("task"), tokens, batch.get("row")), attention:
         try:
-            return model(**inputs, use_cache="cache" in batch).logits
+            return model(**inputs, use_cache="cache" in inputs).logits
         finally:
             hook.remove()
 
@@ -168,6 +177,11 @@ def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_packing(model: nn.Module) -> None:
+    if acts_on_answers(model):
+        raise ValueError(
+            "data.packing=True: with model.acts_on=answer prompts are read apart from answers, so rows are not packed; "
+            "leave data.packing out"
+        )
     if not keeps_rows_apart(model):
         raise ValueError(
             f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "

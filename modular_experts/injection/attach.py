@@ -21,6 +21,7 @@ from modular_experts.base.sentence_encoder import SentenceEncoder
 from modular_experts.deltas import Delta, add
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
+from modular_experts.injection.answer_only import AnswerOnly
 from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.routed import Injected, Routed, moved_sites, routed
 from modular_experts.injection.task_heads import put_task_heads, without_heads
@@ -75,6 +76,16 @@ def attached(
 def _attached(
     model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
 ) -> Applied | Injected:
+    on_answers = [expert for expert in opened if isinstance(expert, StoredExpert) and expert.acts_on_answers]
+    if on_answers:
+        if len(on_answers) < len(opened):
+            raise ValueError(
+                f"{on_answers[0].name} acts on answers alone, so it can be added to experts of its kind alone; name it "
+                "without the others"
+            )
+        put = beside(model, opened, check)
+        AnswerOnly(model)
+        return put
     in_layers = [
         expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
     ]
@@ -130,8 +141,8 @@ def _route_into(model: nn.Module, route: StoredExpert, on_top: Sequence[Mapping[
 
 
 def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
-    """Add the sum of experts to the outputs of quantised layers, whose weights cannot take it."""
-    check_mergeable(stored_experts_of(experts))
+    """Add the sum of experts to the outputs of layers whose weights cannot take it, such as quantised ones."""
+    check_mergeable([expert for expert in stored_experts_of(experts) if not expert.acts_on_answers])
     if check:
         check_loaded(model, experts)
     names = dict.fromkeys(name for expert in experts for name in expert)

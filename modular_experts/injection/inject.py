@@ -33,7 +33,7 @@ from modular_experts.experts.site import (
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertParameter, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
 from modular_experts.injection.task_heads import TaskHeads
-from modular_experts.language_model import language_model
+from modular_experts.language_model import acts_on_answers, language_model
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 
@@ -268,6 +268,8 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None, keeps
     `anchor` gives the base weight of a name, in the base's orientation; only full experts need it. With `keeps_heads`
     a classifier keeps its task heads.
     """
+    if acts_on_answers(model):
+        cast(Any, model).answer_only.remove()
     layers = dict(expert_layers(model))
     if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
         raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
@@ -392,7 +394,8 @@ def draw_experts(model: nn.Module, key: str) -> None:
 def write_experts(model: nn.Module) -> None:
     """Bring all weights up to date with their experts, as the next forward pass would."""
     for _, layer in expert_layers(model):
-        if isinstance(layer.expert, InPlaceExpert):
+        # To a quantised weight, values are added in each pass.
+        if isinstance(layer.expert, InPlaceExpert) and not isinstance(layer, ExpertQuantised):
             layer.expert.write(layer.matrix)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.base.quantised import read_weight
@@ -28,6 +29,8 @@ class ExpertLayer(nn.Module):
     """The data type that `double()` or the like has given the base since then."""
     is_transposed: bool = False
     """Whether the base stores the weight as `(in, out)`."""
+    is_idle: bool = False
+    """Whether passes leave the expert out; of one in the weight, somebody has restored that."""
 
     @property
     def computing_dtype(self) -> torch.dtype:
@@ -48,6 +51,8 @@ class ExpertLayer(nn.Module):
         return f"{name}.weight"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_idle:
+            return F.linear(x, self.matrix, self.bias)
         return self.expert(x, self.matrix, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

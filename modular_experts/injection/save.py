@@ -10,8 +10,10 @@ from modular_experts.base import Base
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import add
 from modular_experts.experts.expert import Trained
+from modular_experts.injection.answer_only import BECAUSE
 from modular_experts.injection.inject import expert_layers, expert_state, named_experts, task_vector
 from modular_experts.injection.task_heads import TaskHeads
+from modular_experts.language_model import acts_on_answers
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -22,7 +24,7 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.described import class_path
-from modular_experts.library.record import Facts, Record
+from modular_experts.library.record import ANSWER, Facts, Record
 
 
 def anchor(base: Base, applied: Sequence[StoredExpert], dtype: torch.dtype, name: str) -> Tensor:
@@ -98,7 +100,7 @@ def place_of_model(model: nn.Module) -> tuple[str, str | None]:
 def describe_experts(model: nn.Module) -> Record:
     """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
     and `not_mergeable_because`; a setting with several values is a list. If one `LayerPlan` made the experts, these
-    describe the plan, and `plan` is there too.
+    describe the plan, and `plan` is there too; `acts_on` says that they act on answers alone.
     """
     types: dict[str, Trained] = {}
     values: dict[str, list[bool | int | float | str]] = {}
@@ -123,4 +125,6 @@ def describe_experts(model: nn.Module) -> Record:
         reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
         facts["class_path"] = "+".join(class_path(type(expert)) for expert in with_state)
         facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
+    if acts_on_answers(model):
+        facts |= {"acts_on": ANSWER, "not_mergeable_because": BECAUSE}
     return facts

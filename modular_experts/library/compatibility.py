@@ -198,7 +198,8 @@ def _check_mergeable(expert: StoredExpert, offers_skip: bool, alone: bool) -> No
         return
     advice = "; leave it out of the list"
     if alone:
-        advice = "; evaluate, generate and serve use it as it is"
+        users = "evaluate and generate" if expert.acts_on_answers else "evaluate, generate and serve"
+        advice = f"; {users} use it as it is"
     elif offers_skip:
         advice = ""
     reason = expert.not_mergeable_because

@@ -26,9 +26,11 @@ from modular_experts.library.kept_inputs import INPUTS_FILE, Prompt, read_inputs
 from modular_experts.library.names import check_target
 from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
+    ANSWER,
     DELTA_FILE,
     FORMAT,
     FORMAT_ENCODED,
+    FORMAT_OF_ANSWERS,
     FORMAT_ROUTED,
     FORMAT_WITH_STATE,
     MERGE,
@@ -99,6 +101,11 @@ class StoredExpert(TaskVector):
         """The reason, as the end of a sentence, or None for an expert that is mergeable."""
         reason = self.record.get("not_mergeable_because")
         return reason or (None if self._table else "it holds a state and no deltas")
+
+    @property
+    def acts_on_answers(self) -> bool:
+        """Whether it acts on answers alone, and leaves prompts to the base."""
+        return self.record.get("acts_on") == ANSWER
 
     @property
     def is_routed(self) -> bool:
@@ -293,6 +300,8 @@ def write_expert(
         check_encoding(encoding)
         record |= {"format": FORMAT_ENCODED, "files": [STATE_FILE] if state else [DELTA_FILE]}
         record["encoding"] = encoding
+    if record.get("acts_on"):
+        record |= {"format": FORMAT_OF_ANSWERS, "files": [STATE_FILE] if state else [DELTA_FILE]}
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:

@@ -4,7 +4,8 @@ A record is plain JSON and never leads to code: nobody imports or builds what it
 
 Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors`): the record then lists the expert's
 `files`, of which `delta.safetensors` may be missing. Format 3 is a routed expert, whose content hash covers more than
-its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded.py`), and lists its `files`.
+its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded.py`), and lists its `files`. Format 5
+is an expert that acts on answers alone, which its content hash covers, too; it lists its `files`.
 `write_expert` writes the lowest format that an expert needs, and all formats are read.
 
 | key                     | what it holds                                                                           |
@@ -22,6 +23,7 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | `costs`, `seed`         | memory and time of the training; seed of the run                                        |
 | `class_path`            | dotted path of the experts' class, for a reader of their state; it stays text           |
 | `not_mergeable_because` | why the deltas are not all that the experts do, as the end of a sentence                |
+| `acts_on`               | `answer` for experts that act on answers alone (`injection/answer_only.py`)             |
 | `plan`                  | `class` and `settings` of the `LayerPlan` that makes the experts again                  |
 | `training`              | how it was trained; of a merge where all parents agree; every key may be missing:       |
 | ` batch_size`, ` accumulate_grad_batches` | rows of a batch of all processes, and batches of a step               |
@@ -50,12 +52,15 @@ FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
 FORMAT_ROUTED = "modular-experts/3"
 FORMAT_ENCODED = "modular-experts/4"
-FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED, FORMAT_ENCODED)
+FORMAT_OF_ANSWERS = "modular-experts/5"
+FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED, FORMAT_ENCODED, FORMAT_OF_ANSWERS)
 DELTA_FILE = "delta.safetensors"
 STATE_FILE = "state.safetensors"
 MERGE = "merge"
 ROUTED = "routed"
 """Kinds of records of experts that were not trained."""
+ANSWER = "answer"
+"""What experts act on that leave prompts to the base."""
 Record = dict[str, Any]
 """The content of an `expert.json`, plain JSON."""
 Facts = Mapping[str, Any]
@@ -93,7 +98,7 @@ def make_record(
         "seed": None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    known = {*record, "training", "class_path", "not_mergeable_because", "plan"}
+    known = {*record, "training", "class_path", "not_mergeable_because", "acts_on", "plan"}
     assert more.keys() <= known, f"a record has no {sorted(more.keys() - known)}"
     return record | {name: value for name, value in more.items() if value not in (None, {}, "")}
 
@@ -131,15 +136,18 @@ def read_record(file: Path) -> Record:
 
 
 def hash_of_all(tensors: str, record: Facts) -> str:
-    """Return the content hash of an expert: the hash of its tensors, or, for a routed expert, of all its parts.
+    """Return the content hash of an expert: the hash of its tensors, or of all by which experts of the same differ.
 
     Two routed experts whose routers have the same state act alike only if their routers have the same class and
-    settings and choose among the same experts.
+    settings and choose among the same experts. An expert that acts on answers alone is another than one of whole rows.
     """
-    if record["kind"] != ROUTED:
+    if record["kind"] == ROUTED:
+        parents = [parent["content_hash"] for parent in record["parents"]]
+        parts = plain([tensors, record.get("class_path"), record.get("hyperparameters"), parents])
+    elif record.get("acts_on"):
+        parts = [tensors, record["acts_on"]]
+    else:
         return tensors
-    parents = [parent["content_hash"] for parent in record["parents"]]
-    parts = plain([tensors, record.get("class_path"), record.get("hyperparameters"), parents])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -170,10 +178,11 @@ def what_is_wrong(record: Facts) -> str:
         ),
         "the list of its files": record["format"] == FORMAT
         or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE])
-        or (record["format"] == FORMAT_ENCODED and record.get("files") == [DELTA_FILE]),
+        or (record["format"] in (FORMAT_ENCODED, FORMAT_OF_ANSWERS) and record.get("files") == [DELTA_FILE]),
         "the list of its inputs": (inputs := record.get("inputs")) is None
         or (_has_texts(inputs, "sha256") and _are_texts(inputs.get("tasks")) and isinstance(inputs.get("rows"), int)),
         "the class path or the reason not to merge": all(isinstance(text, str | None) for text in texts[2:]),
+        "what it acts on": record.get("acts_on") == (ANSWER if record["format"] == FORMAT_OF_ANSWERS else None),
         "the plan": (plan := record.get("plan")) is None
         or (_has_texts(plan, "class") and isinstance(plan.get("settings"), dict)),
         "a merge method": all(

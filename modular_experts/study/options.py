@@ -50,6 +50,7 @@ SHORT_NAMES = {
     "quantise": "model.quantise",
     "metrics": "model.metrics",
     "loss": "model.loss",
+    "acts_on": "model.acts_on",
     "dtype": "model.dtype",
     "max_new_tokens": "model.max_new_tokens",
     "optimizer": "model.optimizer",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modular_experts.data.batch import source_of
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
+from modular_experts.language_model import acts_on_answers
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import Facts, Record
 from modular_experts.selection.schedule import TrainingLength, callbacks_of
@@ -121,20 +122,25 @@ def described(kind: str, settings: Facts) -> str:
     return f"{kind}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
-def trained_facts(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, Record]:
-    """Return which experts are trained, type and settings by place, and which lie beneath, by content hash."""
+def trained_facts(model: nn.Module, applied: Sequence[StoredExpert]) -> Record:
+    """Return which experts are trained by place, whether they act on rows or answers, and which lie beneath."""
     experts: Record = {}
     for place, expert in named_experts(model):
         # Which kernel computes a gradient depends on the machine.
         settings = {name: value for name, value in expert.settings().items() if name != "backend"}
         experts[place] = [type(expert).__name__, settings]
-    return {"experts": experts, "applied": {stored.content_hash: stored.name for stored in applied}}
+    acts_on = "answer" if acts_on_answers(model) else "row"
+    beneath = {stored.content_hash: stored.name for stored in applied}
+    return {"experts": experts, "acts_on": acts_on, "applied": beneath}
 
 
-def check_facts(checkpoint: Facts, own: Mapping[str, Facts]) -> None:
+def check_facts(checkpoint: Facts, own: Facts) -> None:
     """Raise if a checkpoint was trained with other experts, or on top of others; older ones do not tell."""
     theirs = {name: checkpoint.get(name, facts) for name, facts in own.items()}
     before = now = ""
+    if own["acts_on"] != checkpoint.get("acts_on", "row"):
+        before = f"acts_on={checkpoint.get('acts_on', 'row')}"
+        now = f"acts_on={own['acts_on']}"
     if own["applied"].keys() != theirs["applied"].keys():
         before = _applied_text(theirs["applied"])
         now = _applied_text(own["applied"])

@@ -42,6 +42,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
+from modular_experts.injection.answer_only import AnswerOnly
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
 from modular_experts.injection.task_heads import TaskHeads, check_classes, task_heads, trained_task_heads
@@ -110,6 +111,8 @@ class ExpertModule(EvaluatedModule):
             `bfloat16`, in which the expert is also stored.
         loss: A loss of preferences, such as `DPO`, for rows with a chosen and a rejected answer. Without one, the loss
             is the cross-entropy of the targets.
+        acts_on: What experts move: the whole `row`, or the `answer` alone, from the last token of the prompt on. The
+            base then reads prompts alone and without gradients, which takes less time for each row.
     """
 
     length: TrainingLength
@@ -135,6 +138,7 @@ class ExpertModule(EvaluatedModule):
         quantise: Quantise | None = None,
         shard_base: bool = False,
         loss: PreferenceLoss | None = None,
+        acts_on: Literal["row", "answer"] = "row",
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -167,6 +171,16 @@ class ExpertModule(EvaluatedModule):
         if offload_activations and gradient_checkpointing is False:
             raise ValueError("offload_activations=True is for gradient_checkpointing=True; leave one of the two out")
         self.gradient_checkpointing = True if offload_activations else gradient_checkpointing
+        if acts_on == "answer":
+            # Recomputed blocks keep no keys and values, and the base's would be read with applied experts in it.
+            refused = {
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "shard_base": shard_base,
+                "applied": applied,
+            }
+            for name in [name for name, value in refused.items() if value]:
+                raise ValueError(f"acts_on='answer' does not go with {name}={refused[name]}; leave one of the two out")
+            self.gradient_checkpointing = False
         self.dtype_name = dtype
         self.values = values
         self.offload_activations = offload_activations
@@ -199,6 +213,7 @@ class ExpertModule(EvaluatedModule):
         self._logged: dict[str, Tensor] = {}
         self._gradients_checked = False
         self.preferences = loss
+        self.acts_on = acts_on
         self._start: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
@@ -215,6 +230,8 @@ class ExpertModule(EvaluatedModule):
             missing = "modules" if self.expert else "expert"
             both = "give both (`expert=LoRAExpert` `modules=['q_proj', 'v_proj']`), or neither to test a base"
             raise ValueError(f"{present} is given but not {missing}; {both}")
+        if self.acts_on == "answer" and not self.has_experts:
+            raise ValueError("acts_on='answer' is for the experts of `expert=` and `modules=`; a stored one knows it")
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give `expert=` and `modules=`")
         trainer = loading.trainer_of(self)
@@ -286,6 +303,8 @@ class ExpertModule(EvaluatedModule):
                 trained_task_heads(model, classes)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
+            if self.acts_on == "answer":
+                AnswerOnly(model)
         self._start = start_of(model) if self.preferences else {}
         loading.warn_of_slow_bfloat16(loading.trainer_of(self), self.dtype_name)
         if self.shard_base:

@@ -221,6 +221,8 @@ def _predictable_base(module: ExpertModule) -> Base:
     reason = ""
     if module.preferences:
         reason = "with a loss of preferences"
+    elif module.acts_on == "answer":
+        reason = "of experts that act on answers alone"
     elif is_classifier(base.structure.model):
         reason = "on a base that classifies"
     elif any(expert.is_routed for expert in applied):
