@@ -123,6 +123,14 @@ def test_answer_only(tmp_path, one_block, task_files, kind) -> None:
     assert (whole["acts"], one["acts"], three["acts"]) == (0, 1, 3)
 
 
+@pytest.mark.slow
+def test_answer_step() -> None:
+    report = json.loads(run_script("answer_step.py", "--quick", "--json"))
+    for measured in (report["time"], report["memory"]):
+        assert [(row["shape"], row["peft"]) for row in measured] == [("200 / 4", 1)]
+        assert all(row[way] > 0 for row in measured for way in ("LoRA of answers", "entries of answers"))
+
+
 def test_new_task(tmp_path, one_block, task_files) -> None:
     file = tmp_path / "report.json"
     data = TaskMixture(task_files["upper"])
