@@ -48,13 +48,16 @@ def rows(prompt: int, answer: int, vocabulary: int) -> Batch:
     return Collator(0, texts=False)(examples)
 
 
-def step_of(way: str, base: Any, batch: Batch) -> Callable[[], None]:
-    """Return a training step in a way, on a copy of the base that shares its weights where they stay as they are."""
+def step_of(way: str, base: Any, batch: Batch, alone: bool = False) -> Callable[[], None]:
+    """Return a training step in a way, on the base if it is `alone` in its process, and else on a copy.
+
+    Copies share the weights that stay as they are.
+    """
     torch.manual_seed(0)
     kind, _, answers = way.partition(" of ")
     shared = {id(parameter): parameter for parameter in base.parameters()}
     # Entries write into the weights.
-    model = copy.deepcopy(base, {} if kind == "entries" else shared)
+    model = base if alone else copy.deepcopy(base, {} if kind == "entries" else shared)
     if way == "peft":
         settings = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=PROJECTIONS)
         model = peft.get_peft_model(model, settings)
@@ -119,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.memory:
         base: Any = language_model(options.quick).base
-        step = step_of(options.memory, base, rows(*SHAPES[options.shape], base.config.vocab_size))
+        step = step_of(options.memory, base, rows(*SHAPES[options.shape], base.config.vocab_size), True)
         step()
         step()
         print(json.dumps(high_water()))

@@ -124,6 +124,7 @@ def test_answer_only(tmp_path, one_block, task_files, kind) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
 def test_answer_step() -> None:
     report = json.loads(run_script("answer_step.py", "--quick", "--json"))
     for measured in (report["time"], report["memory"]):
