@@ -26,7 +26,7 @@ from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.routed import Injected, Routed, moved_sites, routed
 from modular_experts.injection.task_heads import put_task_heads, without_heads
 from modular_experts.library import Library, StoredExpert
-from modular_experts.library.compatibility import check_mergeable, open_parents
+from modular_experts.library.compatibility import check_act_alike, check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
 from modular_experts.library.expert import stored_experts_of
 from modular_experts.library.record import Facts, Record
@@ -76,13 +76,7 @@ def attached(
 def _attached(
     model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
 ) -> Applied | Injected:
-    on_answers = [expert for expert in opened if isinstance(expert, StoredExpert) and expert.acts_on_answers]
-    if on_answers:
-        if len(on_answers) < len(opened):
-            raise ValueError(
-                f"{on_answers[0].name} acts on answers alone, so it can be added to experts of its kind alone; name it "
-                "without the others"
-            )
+    if check_act_alike(stored_experts_of(opened)):
         put = beside(model, opened, check)
         AnswerOnly(model)
         return put

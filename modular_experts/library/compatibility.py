@@ -198,12 +198,23 @@ def _check_mergeable(expert: StoredExpert, offers_skip: bool, alone: bool) -> No
         return
     advice = "; leave it out of the list"
     if alone:
-        users = "evaluate and generate" if expert.acts_on_answers else "evaluate, generate and serve"
-        advice = f"; {users} use it as it is"
+        advice = "; evaluate, generate and serve use it as it is"
     elif offers_skip:
         advice = ""
     reason = expert.not_mergeable_because
     raise ValueError(f"{expert.name} cannot be merged or added to its base, because {reason}{advice}")
+
+
+def check_act_alike(experts: Sequence[StoredExpert]) -> bool:
+    """Return whether experts act on answers alone; raise ValueError if only some of them do."""
+    on_answers = [expert.name for expert in experts if expert.acts_on_answers]
+    if on_answers and len(on_answers) < len(experts):
+        others = [expert.name for expert in experts if not expert.acts_on_answers]
+        raise ValueError(
+            f"{on_answers[0]} acts on answers alone and {others[0]} on prompts, too, so no sum of the two is exact; "
+            "name experts of one sort"
+        )
+    return bool(on_answers)
 
 
 def common_base(experts: Sequence[StoredExpert]) -> Record:

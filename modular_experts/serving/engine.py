@@ -2,6 +2,9 @@
 
 The rows are batched continuously by transformers: a row joins when there is room and leaves with its last token. Hooks
 of the model give each row of a pass its experts before the pass, and choose its next token behind it.
+
+Where the base alone reads a prompt, for itself or for experts that act on answers alone, rows share the keys and values
+of what their prompts have in common, `PAGE` tokens at a time, also with rows that have left.
 """
 
 import asyncio
@@ -9,6 +12,7 @@ import copy
 import itertools
 import logging
 import os
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, TypeVarTuple, cast
 import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from modular_experts.language_model import reads_prompts_apart
@@ -30,7 +35,7 @@ from modular_experts.serving.models import Weighted
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import ContinuousBatchingManager
     from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-    from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -63,9 +68,14 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class _Row:
-    """A request that the model answers: its experts' slots with weights, and the notes of its hooks on its tokens."""
+    """A request that the model answers: its experts' slots with weights, and the notes of its hooks on its tokens.
+
+    The base alone reads the first `alone` tokens: all of them without experts, those before the prompt's last one for
+    experts that act on answers alone, and otherwise none.
+    """
 
     slots: list[tuple[int, float]]
+    alone: int
     sampling: Sampling
     chosen: list[Token] = field(default_factory=list)
     generator: torch.Generator | None = None
@@ -129,7 +139,7 @@ class Engine:
         self._turn = asyncio.Lock()
         self._reading = SideThreads()
         # The rows of the last pass, and their gates.
-        self._batch: list[tuple[str, int]] = []
+        self._batch: list[tuple[str, int, int]] = []
         self._gates: Gates | None = None
         model.register_forward_pre_hook(self._give_experts, with_kwargs=True)
         model.register_forward_hook(self._choose_tokens, with_kwargs=True)
@@ -168,8 +178,8 @@ class Engine:
             num_blocks=-(-self.cache_tokens // PAGE),
             max_batch_tokens=BATCH_TOKENS,
             max_requests_per_batch=self.rows,
-            # Rows of other experts have other keys and values for the same tokens.
-            allow_block_sharing=False,
+            # Of these blocks only, which the base alone has read: `_SharedPrompts`.
+            allow_block_sharing=True,
             # A row's experts are chosen in Python, between passes.
             use_async_batching=False,
             use_cuda_graph=False,
@@ -177,6 +187,7 @@ class Engine:
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
         with torch.inference_mode():
             self._manager = self.model.init_continuous_batching(greedy, settings)
+            _share_prompts(self._manager, self._answering)
             self._manager.start()
         return self._manager
 
@@ -211,7 +222,8 @@ class Engine:
         key = f"{next(self._numbers)}"
         outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         finished = False
-        row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
+        numbers = [(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)]
+        row = _Row(numbers, _tokens_of_the_base(len(ids), experts), sampling)
         if sampling.temperature > 0:
             row.generator = torch.Generator().manual_seed(sampling.seed)
         self._answering[key] = row
@@ -272,14 +284,17 @@ class Engine:
 
     def _give_experts(self, model: nn.Module, arguments: object, named: object) -> None:
         """Before a pass, name the experts of each of its tokens `(1, tokens)`, which lie row by row."""
-        parts = _parts_of_pass(self._manager)
-        batch = [(part.key, part.tokens) for part in parts]
+        batch = []
+        pieces: list[tuple[_Slots, int]] = []
+        for part in _parts_of_pass(self._manager):
+            # A request that was cancelled may be in one more pass.
+            row = self._answering.get(part.key)
+            alone = part.tokens if row is None else min(max(row.alone - part.start, 0), part.tokens)
+            batch.append((part.key, alone, part.tokens))
+            pieces += [([], alone), (row.slots if row is not None else [], part.tokens - alone)]
         if self._batch != batch:
             self._batch = batch
-            # A request that was cancelled may be in one more pass.
-            rows = [self._answering.get(part.key) for part in parts]
-            slots = [row.slots if row is not None else [] for row in rows]
-            self._gates = _gates(slots, [part.tokens for part in parts], self.model.device)
+            self._gates = _gates(pieces, self.model.device)
         self.experts.gates.gates = self._gates
 
     def _choose_tokens(
@@ -303,10 +318,11 @@ transformers_log = logging.getLogger("ContinuousBatchingLogger")
 
 
 class _PartOfPass(NamedTuple):
-    """A request's part of the pass that runs: its tokens, and whether the last one's logits choose another."""
+    """A request's part of the pass that runs: its tokens, how many were read before them, and whether one is chosen."""
 
     key: str
     tokens: int
+    start: int
     gets_token: bool
 
 
@@ -314,14 +330,46 @@ def _parts_of_pass(manager: "ContinuousBatchingManager | None") -> list[_PartOfP
     assert manager is not None
     assert manager.batch_processor is not None
     inputs = cast("ContinuousBatchingIOs", manager.batch_processor.inputs_and_outputs)
-    return [
-        _PartOfPass(part.state.request_id, part.query_length, part.has_new_token) for part in inputs.requests_in_batch
-    ]
+    parts = []
+    for part in inputs.requests_in_batch:
+        start = part.state.position_offset - part.query_length
+        parts.append(_PartOfPass(part.state.request_id, part.query_length, start, part.has_new_token))
+    return parts
 
 
 def _places_of_logits(named: Mapping[str, Tensor], rows: int) -> Sequence[int]:
     """Return where the logits of rows lie in the output of a pass with these arguments."""
     return range(rows) if "logits_to_keep" in named else named["logits_indices"].tolist()
+
+
+class _SharedPrompts(PagedAttentionCache):
+    """Shares the keys and values of tokens that the base alone has read among rows whose texts begin alike.
+
+    Blocks of other tokens stay their row's, because other experts have other keys and values for the same tokens.
+    """
+
+    rows: Mapping[str, _Row]
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        # The last of the tokens that it gets is never among those found.
+        return super().search_prefix_match(request_id, prompt_ids[: self._alone(request_id) + 1])
+
+    def mark_complete_blocks(self, state: "RequestState", complete_blocks: dict[str, int]) -> None:
+        tokens = (state.initial_tokens + state.generated_tokens)[: self._alone(state.request_id)]
+        for name, count in complete_blocks.items():
+            self.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+
+    def _alone(self, request_id: str) -> int:
+        row = self.rows.get(request_id)
+        return 0 if row is None else row.alone
+
+
+def _share_prompts(manager: "ContinuousBatchingManager", rows: Mapping[str, _Row]) -> None:
+    manager.warmup()
+    assert manager.batch_processor is not None
+    cache = cast(_SharedPrompts, manager.batch_processor.cache)
+    cache.__class__ = _SharedPrompts
+    cache.rows = rows
 
 
 def _forget_handler(manager: "ContinuousBatchingManager", key: str) -> None:
@@ -368,17 +416,29 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator 
     return Token(chosen, float(logprobs[chosen]), list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-def _gates(rows: Sequence[Sequence[tuple[int, float]]], tokens: Sequence[int], device: torch.device) -> Gates | None:
-    """Return the gates of rows, each with its experts and the number of its tokens; None if all take the base alone."""
-    width = max(map(len, rows), default=0)
+_Slots = list[tuple[int, float]]
+"""Experts by the numbers of their slots, and how much of each."""
+
+
+def _gates(pieces: Sequence[tuple[_Slots, int]], device: torch.device) -> Gates | None:
+    """Return the gates of tokens, for each piece its experts and how many tokens take them; None for the base alone."""
+    pieces = [(slots, tokens) for slots, tokens in pieces if tokens]
+    width = max((len(slots) for slots, _ in pieces), default=0)
     if width == 0:
         return None
-    # Rows with fewer experts than others take some of weight 0.
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    weights = torch.zeros(len(rows), width)
-    for row, slots in enumerate(rows):
-        for place, (slot, weight) in enumerate(slots):
-            ids[row, place] = slot
-            weights[row, place] = weight
-    counts = torch.tensor(tokens)
+    # Tokens with fewer experts than others take some of weight 0.
+    ids = torch.zeros(len(pieces), width, dtype=torch.int64)
+    weights = torch.zeros(len(pieces), width)
+    for place, (slots, _) in enumerate(pieces):
+        for column, (slot, weight) in enumerate(slots):
+            ids[place, column] = slot
+            weights[place, column] = weight
+    counts = torch.tensor([tokens for _, tokens in pieces])
     return Gates(ids.repeat_interleave(counts, 0).to(device), weights.repeat_interleave(counts, 0).to(device))
+
+
+def _tokens_of_the_base(prompt: int, experts: Weighted) -> int:
+    """Return how many of the first tokens the base alone reads, for a prompt of so many tokens."""
+    if not experts:
+        return sys.maxsize
+    return prompt - 1 if experts[0][0].acts_on_answers else 0

@@ -20,6 +20,7 @@ from modular_experts.injection import find_sites, inject
 from modular_experts.injection.routed import oriented_delta
 from modular_experts.injection.slices import GatesOfSlice
 from modular_experts.library import StoredExpert
+from modular_experts.library.compatibility import check_act_alike
 from modular_experts.routing.gates import CurrentGates
 from modular_experts.routing.mixture import Mixture
 from modular_experts.text import bytes_text
@@ -88,9 +89,10 @@ class HeldExperts:
 
     def check(self, experts: Sequence[StoredExpert]) -> None:
         """Raise ValueError for experts that rows of their own cannot take, or that do not fit into `most` together."""
+        check_act_alike(experts)
         for expert in experts:
             moved = [name for name in expert if name not in self._sites]
-            if not expert.mergeable:
+            if not (expert.mergeable or expert.acts_on_answers):
                 raise ValueError(f"{expert.name} cannot be served, because {expert.not_mergeable_because}")
             if moved:
                 raise ValueError(

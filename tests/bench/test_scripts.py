@@ -253,6 +253,7 @@ def test_both_sides_of_merge_speed_agree(script, tmp_path, monkeypatch) -> None:
         ("mixture_step", [], {}),
         ("answer_logits", [], {}),
         ("quantised", [], {}),
+        ("shared_prompts", [], {"EXPERTS": 2}),
         (
             "routing_cost",
             ["--dtype", "bfloat16"],

@@ -121,7 +121,7 @@ def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llam
         return listed, one, whole, by_ids, chosen, [part async for part in stream], told
 
     listed, one, whole, by_ids, chosen, parts, told = serve(work)
-    assert listed == ["auto", "base", *sorted([*served.FORMS, "upper", "reverse", "route"])]
+    assert listed == ["auto", "base", *sorted([*served.FORMS, *served.ON_ANSWERS, "upper", "reverse", "route"])]
     assert one.id == "lora"
     expected = served.generated(tiny_llama_dir, library, prompt, "lora")
     assert whole.choices[0].text.strip() == by_ids.choices[0].text.strip() == expected

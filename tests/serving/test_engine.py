@@ -15,10 +15,11 @@ from testbed.served import LONG, MODELS, PROMPTS
 from modular_experts.base import Base
 from modular_experts.deltas import Dense
 from modular_experts.injection import find_sites
+from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
-from modular_experts.serving.engine import Engine, EngineError, Sampling, choose_token
+from modular_experts.serving.engine import PAGE, Engine, EngineError, Sampling, choose_token
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,68 @@ def test_each_row_of_a_batch_is_answered_as_generate_does(library, tiny_llama_di
     assert texts == expected
     by_model = {named: texts[place :: len(MODELS)] for place, named in enumerate(MODELS)}
     assert len({*map(tuple, by_model.values())}) == len(by_model), "the experts say the same"
+
+
+def tokens_read(engine: Engine) -> list[int]:
+    """Return a list to which each pass that begins from now on adds the number of its tokens."""
+    counts: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda model, arguments, named: counts.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    return counts
+
+
+def test_a_prompt_that_the_base_read_is_read_once_for_all_experts_of_answers(library, tiny_llama_dir) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    read = tokens_read(engine)
+    length = len(tokenizer(LONG)["input_ids"])
+    behind = length - (length - 1) // PAGE * PAGE
+    assert length > behind + PAGE
+    order = ["answers", "few_answers", "base", "answers+few_answers", "lora", "answers", "lora"]
+
+    async def one_after_the_other():
+        firsts, texts = [], []
+        for model in order:
+            read.clear()
+            tokens = await served.tokens_of(engine, models, tokenizer, LONG, model)
+            firsts.append(read[0])
+            texts.append(served.text_of(tokenizer, tokens))
+        return firsts, texts
+
+    firsts, texts = served.run(engine, one_after_the_other())
+    assert firsts == [length, behind, behind, behind, length, behind, length]
+    assert texts == [served.generated(tiny_llama_dir, library, LONG, model) for model in order]
+
+
+@pytest.mark.parametrize("first", ["answers", "lora", "base"])
+def test_an_answer_is_read_again_as_a_part_of_the_next_prompt(library, tiny_llama_dir, first) -> None:
+    """The keys and values of an expert's own answer are not the base's, which reads it in the next turn."""
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    read = tokens_read(engine)
+    prompt = tokenizer(LONG)["input_ids"]
+
+    async def answered(ids: list[int], model: str, most: int) -> list[int]:
+        experts = models.find(model).experts
+        return [token.id async for token in engine.answer(ids, experts, [-1], most, Sampling())]
+
+    async def two_turns():
+        conversation = prompt + await answered(prompt, first, 2 * PAGE)
+        read.clear()
+        return conversation, await answered(conversation, "few_answers", 12)
+
+    conversation, second = served.run(engine, two_turns())
+    shared = {"answers": len(prompt) - 1, "lora": 0, "base": len(conversation) - 1}[first] // PAGE * PAGE
+    assert read[0] == len(conversation) - shared
+    model = Base.open(str(tiny_llama_dir)).load("float32")
+    with attached(model, open_expert(library / "few_answers")):
+        whole = model.generate(torch.tensor([conversation]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    assert second == whole[0, len(conversation) :].tolist()
+
+
+def test_experts_of_both_sorts_are_not_added_up(library, tiny_llama_dir) -> None:
+    engine, models, _ = served.opened(tiny_llama_dir, library)
+    with pytest.raises(ValueError, match="answers acts on answers alone and lora on prompts, too"):
+        engine.check(models.find("answers+lora").members, 3, 3)
 
 
 def test_a_seed_gives_the_same_samples_whatever_else_the_batch_holds(library, tiny_llama_dir) -> None:

@@ -52,7 +52,7 @@ def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) 
     models = models_of(tiny_llama_dir, library)
     for name, sentence in (
         ("tile", "there is no model 'tile'; did you mean tiles?"),
-        ("qqqq", "there is no model 'qqqq'; there are base, dense"),
+        ("qqqq", "there is no model 'qqqq'; there are base, answers"),
         ("../library/lora", "'../library/lora' names no model; give the name of one, or a sum such as 'a+0.5*b'"),
         ("lora/../dense", "names no model"),
         ("lora\0", "names no model"),
@@ -82,9 +82,9 @@ def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_
     def listed() -> list[str]:
         return [one.name for one in models.listed()]
 
-    assert listed() == ["base", *sorted(served.FORMS)]
+    assert listed() == ["base", *sorted(served.FORMS | served.ON_ANSWERS)]
     served.write(tiny_llama_dir, library / "new", "tiles", 9)
-    assert listed() == ["base", *sorted([*served.FORMS, "new"])]
+    assert listed() == ["base", *sorted([*served.FORMS, *served.ON_ANSWERS, "new"])]
     before = models.find("new").members[0].content_hash
     opened = weakref.ref(models.find("new").members[0])
     served.write(tiny_llama_dir, library / "new", "tiles", 10, overwrite=True)
@@ -102,7 +102,7 @@ def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_
     shutil.copytree(library / "lora", library / "damaged")
     (library / "damaged" / "expert.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert listed() == listed() == ["base", *sorted(served.FORMS)]
+        assert listed() == listed() == ["base", *sorted(served.FORMS | served.ON_ANSWERS)]
     assert len([line for line in caplog.messages if line.startswith("damaged is not served")]) == 1
     with pytest.raises(ValueError, match="foreign was trained on another base"):
         models.find("foreign")

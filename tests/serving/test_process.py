@@ -64,7 +64,7 @@ def test_verify_finds_each_expert_in_the_running_server_and_one_that_is_another(
 ) -> None:
     asked = ["--server", server.address, "--tasks", str(task_files["upper"])]
     assert main(["verify", str(library), *asked]) == 0
-    assert "6 experts asked for, and each acts" in capsys.readouterr().out
+    assert "8 experts asked for, and each acts" in capsys.readouterr().out
     shutil.copytree(library, tmp_path / "library")
     shutil.rmtree(tmp_path / "library" / "lora")
     served.write(tiny_llama_dir, tmp_path / "library" / "lora", "lora", 77)
@@ -153,7 +153,7 @@ def test_the_commands_of_the_guide_work(server) -> None:
     program = re.search(r'^```python title="ask.py"\n(.*?)^```$', guide, re.M | re.S)[1]
     words = [sys.executable, "-c", program.replace("http://127.0.0.1:8000", server.address)]
     asked = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert asked.stdout.startswith("['base', 'dates', ")
+    assert asked.stdout.startswith("['base', 'answers', 'dates', ")
     assert asked.stdout.endswith(" dates\n")
     body = re.search(r"-d '(.*)'$", guide, re.M)[1]
     answer = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
@@ -164,7 +164,7 @@ def test_the_commands_of_the_guide_work(server) -> None:
 
 def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began(server, library, tiny_llama_dir):
     reason = "the library has no route that chooses by the prompt; make one of its experts with route"
-    assert server.first == f"{tiny_llama_dir} with 6 models of {library}; auto is not there: {reason}\n"
+    assert server.first == f"{tiny_llama_dir} with 8 models of {library}; auto is not there: {reason}\n"
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
     parts = [part.choices[0].text for part in client.completions.create(**LONG | {"max_tokens": 12})]
     assert len(parts) > 5

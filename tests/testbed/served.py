@@ -17,7 +17,9 @@ from modular_experts.base.files import fingerprint
 from modular_experts.data.chat import PromptReading, PromptReadings
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
+from modular_experts.injection.answer_only import BECAUSE
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+from modular_experts.library.record import ANSWER
 from modular_experts.merging.route import route
 from modular_experts.serving.engine import Engine, Sampling
 from modular_experts.serving.models import Models
@@ -79,13 +81,15 @@ def write(
     seed: int = 0,
     shapes: Mapping[str, Sequence[int]] = WEIGHTS,
     training: Mapping[str, Any] | None = None,
+    on_answers: bool = False,
     **settings: Any,
 ) -> StoredExpert:
     """Write a random expert, and open it."""
     made = torch.Generator().manual_seed(seed)
     deltas = {weight: delta(form, shape, made) for weight, shape in shapes.items()}
     of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    record = make_record("SparseExpert", of, tasks=[place.name], training=training)
+    facts = {"acts_on": ANSWER, "not_mergeable_because": BECAUSE} if on_answers else {}
+    record = make_record("SparseExpert", of, tasks=[place.name], training=training, **facts)
     write_expert(place, deltas, record, **settings)
     return open_expert(place)
 
@@ -93,13 +97,16 @@ def write(
 LONG = "reverse the word " * 6
 PROMPTS = ["upper word", LONG, "first of all", LONG + "x"]
 FORMS = {"entries": "entries", "tiles": "tiles", "lora": "lora", "dense": "dense", "int4": "entries"}
-MODELS = ["base", *FORMS, "entries+lora", "lora"]
+ON_ANSWERS = {"answers": "lora", "few_answers": "entries"}
+MODELS = ["base", *FORMS, *ON_ANSWERS, "entries+lora", "answers+few_answers", "lora"]
 
 
 def make_library(base: Path, place: Path) -> Path:
-    """Write an expert of each form, of the same weights."""
+    """Write an expert of each form, of the same weights, and some that act on answers alone."""
     for seed, (name, form) in enumerate(FORMS.items()):
         write(base, place / name, form, seed, encoding="int4" if name == "int4" else "float32")
+    for seed, (name, form) in enumerate(ON_ANSWERS.items(), 20):
+        write(base, place / name, form, seed, on_answers=True)
     return place
 
 
