@@ -1,7 +1,7 @@
 """What eight experts cost that answer about one text: ordinary ones, and ones that act on answers alone.
 
 The server's engine answers with a Llama of 135 million parameters of random weights and random LoRAs of rank 16 in all
-linear layers. A round is one of two works, of a text of 1,024 tokens and answers of 16:
+linear layers. A round is one of two works, of a text of 512 tokens and answers of 16:
 
 * together: eight requests about the text at the same time, each with an expert of its own;
 * in turn: a conversation of eight turns, each of which adds 20 tokens and is answered by another expert.
@@ -85,7 +85,7 @@ class Work:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Return a row of ratios for each work."""
-    prompt, answer, rounds = (128, 4, 1) if options.quick else (1024, 16, 5)
+    prompt, answer, rounds = (128, 4, 1) if options.quick else (512, 16, 3)
     # The locks of an engine belong to one event loop.
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
         works: dict[str, Work] = {}

@@ -178,7 +178,7 @@ class Engine:
             num_blocks=-(-self.cache_tokens // PAGE),
             max_batch_tokens=BATCH_TOKENS,
             max_requests_per_batch=self.rows,
-            # Of these blocks only, which the base alone has read: `_SharedPrompts`.
+            # `_SharedPrompts` shares only the blocks that the base alone has read.
             allow_block_sharing=True,
             # A row's experts are chosen in Python, between passes.
             use_async_batching=False,

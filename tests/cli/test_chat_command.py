@@ -34,7 +34,7 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
     base, lora, both = (generate(tiny_llama_dir, "the word", experts, 7) for experts in groups)
     answers, _, told = out.partition("/expert NAME")
     assert (code, answers.split("\n")[:3]) == (0, [base, lora, both])
-    assert told.splitlines()[-2:] == ["experts: dense, entries, int4, lora, tiles", base]
+    assert told.splitlines()[-2:] == ["experts: answers, dense, entries, few_answers, int4, lora, tiles", base]
     assert err.splitlines() == [
         "there is no expert 'lra'; did you mean lora?",
         "/auto needs one route in the library, which has none; `route` makes one",
@@ -96,5 +96,5 @@ def test_generate_names_the_experts_of_a_library_without_one_route(run, library)
     code, _, err = run("generate", "--experts", library, "the word")
     assert (code, err) == (
         2,
-        "error: library is a library that has no route; name who answers: --experts library/dense\n",
+        "error: library is a library that has no route; name who answers: --experts library/answers\n",
     )
