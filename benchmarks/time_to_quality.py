@@ -6,7 +6,7 @@ file, 8 in a step, with the same warm-up and linear decay, and neither validates
 is measured afterwards, outside of the clock: the loss per target token over the same validation rows by the same code.
 The `Trainer` clips gradients, as it does by default, and `--more "--trainer.gradient_clip_val 1.0"` lets ours do so.
 
-A round has a seed: PEFT's run of 100 steps, whose loss is the target of the round, and then a run of each of `--tries`,
+A round has a seed: PEFT's run of `--steps`, whose loss is the target of the round, and then a run of each of `--tries`,
 KIND:RATE:STEPS, with a schedule of that length. The table has, over the rounds, the mean loss, how far the losses lie
 above the targets, in how many rounds the target is reached, and the median and range of the CPU seconds over PEFT's of
 the same round. A try of one step stores nothing: it is the start-up, over PEFT's of one step.
@@ -32,16 +32,20 @@ from typing import Any
 import torch
 from measuring import Parser, output, print_machine
 
-from modular_experts import Base, TaskMixture, applied, import_expert, open_expert
+from modular_experts import Base, TaskMixture, import_expert, open_expert
 from modular_experts.evaluation import batch_losses
+from modular_experts.injection.attach import attached
 
 HERE = Path(__file__).parent
-PEFT, STEPS = "LoRA, PEFT", 100
+PEFT = "LoRA, PEFT"
+LORA = "--expert LoRAExpert --expert.rank 16 --expert.alpha 32"
 SPARSE = "--expert SparseExpert --expert.keep_ratio 0.05 --expert.granularity"
 KINDS = {
     PEFT: "",
-    "LoRA": "--expert LoRAExpert --expert.rank 16 --expert.alpha 32",
+    "LoRA": LORA,
+    "LoRA-of-answers": f"{LORA} --acts_on answer",
     "entries": f"{SPARSE} element",
+    "entries-of-answers": f"{SPARSE} element --acts_on answer",
     "tiles": f"{SPARSE} block",
     "rows": f"{SPARSE} row",
     "full": "--expert FullExpert",
@@ -60,6 +64,8 @@ class Race:
         self.options, self.file, self.began = options, Path(options.out), time.time()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.data = str(Path(options.data).resolve() / f"{options.task}.jsonl")
+        if options.words:
+            self.data = self._longer(self.data)
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.runs: list[Run] = [json.loads(line) for line in lines]
         self.ran = 0
@@ -68,7 +74,8 @@ class Race:
 
     def run(self, kind: str, rate: float, steps: int, seed: int) -> Run:
         """Return what a run took, and how good its expert is; one of a single step stores nothing."""
-        key = {"task": self.options.task, "kind": kind, "rate": rate, "steps": steps, "seed": seed}
+        key = {"task": self.options.task, "words": self.options.words, "kind": kind, "rate": rate, "steps": steps}
+        key["seed"] = seed
         key["settings"] = "" if kind == PEFT else f"{KINDS[kind]} {self.options.more}".strip()
         known = [run for run in self.runs if all(run.get(name) == value for name, value in key.items())]
         if known:
@@ -86,6 +93,15 @@ class Race:
             lines.write(json.dumps(found) + "\n")
         print(found, file=sys.stderr, flush=True)
         return found
+
+    def _longer(self, data: str) -> str:
+        """Return a file beside the results whose prompts begin with further words, the same in all rows."""
+        file = self.file.resolve().with_name(f"{self.options.task}-{self.options.words}.jsonl")
+        rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+        before = "the customer wrote this to us today " * self.options.words
+        text = " ".join(before.split()[: self.options.words])
+        file.write_text("".join(json.dumps(row | {"input": f"{text} {row['input']}"}) + "\n" for row in rows))
+        return str(file)
 
     def _words(self, kind: str, rate: float, steps: int, seed: int, place: str) -> list[str]:
         base = str(self.base.directory)
@@ -108,7 +124,7 @@ class Race:
             data.setup("validate")
             self._rows = list(data.val_dataloader())
         total = tokens = 0.0
-        with applied(model, [stored], check=False), torch.no_grad():
+        with attached(model, [stored], check=False), torch.no_grad():
             for batch in self._rows:
                 sums, counts = batch_losses(model, batch)
                 total, tokens = total + float(sums.sum()), tokens + int(counts.sum())
@@ -136,7 +152,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[tuple[str, float, int], list[tuple[Run, Run]]] = {one: [] for one in tries}
     targets = []
     for seed in options.seeds:  # interleaved: a round has each run once
-        targets.append(ours.run(PEFT, options.rate, min(STEPS, options.most), seed))
+        targets.append(ours.run(PEFT, options.rate, min(options.steps, options.most), seed))
         for kind, rate, steps in tries:
             peer = targets[-1] if steps > 1 else ours.run(PEFT, options.rate, 1, seed)
             found[kind, rate, steps].append((ours.run(kind, rate, steps, seed), peer))
@@ -161,6 +177,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
     parser.add_argument("--tries", nargs="+", default=TRIES, metavar="KIND:RATE:STEPS", help=f"of {list(KINDS)}")
     parser.add_argument("--rate", type=float, default=3e-3, help="of PEFT's LoRA, whose loss is the target")
+    parser.add_argument("--steps", type=int, default=100, help="of PEFT's LoRA")
+    parser.add_argument("--words", type=int, default=0, help="more words before each prompt, the same in all rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a round for each")
     parser.add_argument("--rows", type=int, help="the most validation rows; all of them if not given")
     parser.add_argument("--more", default="", help="more options of our fit")

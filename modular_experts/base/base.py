@@ -385,8 +385,11 @@ class Base:
 
         Raises:
             FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-            ValueError: A weight does not fit, or the reloaded checkpoint differs; nothing is written then.
+            ValueError: The deltas are not all that an expert does, a weight does not fit, or the reloaded checkpoint
+                differs; nothing is written then.
         """
+        if reason := deltas.not_mergeable_because:
+            raise ValueError(f"{deltas!r} cannot be added to its base, because {reason}")
         target = check_target(out, overwrite, MANIFEST)
         kind = getattr(torch, dtype) if dtype else None
         if self.quantisation:

@@ -210,16 +210,16 @@ class AnswerInputs(NamedTuple):
     """How a model whose experts act on answers alone reads a padded batch.
 
     Attributes:
-        before: The prompts without their last tokens, which the base reads, `(n, width)` int64, padded on the left.
-        before_mask: 1 on these tokens, `(n, width)` int64.
+        prompts: The prompts, which the base reads, `(n, width)` int64, padded on the left; the width is at least 2.
+        prompt_mask: 1 on these tokens, `(n, width)` int64.
         ids: The last token of each prompt, and its answer without its last token, `(n, longest answer)` int64.
         mask: 1 where a token follows, `(n, longest answer)` int64.
         places: The places of `ids` in their rows, `(n, longest answer)` int64.
         labelled: Where the model predicts a labelled token, `(n, longest answer)` bool, in the order of the batch.
     """
 
-    before: Tensor
-    before_mask: Tensor
+    prompts: Tensor
+    prompt_mask: Tensor
     ids: Tensor
     mask: Tensor
     places: Tensor
@@ -241,14 +241,14 @@ def answer_inputs(batch: Batch) -> AnswerInputs:
             "a row has several answers with other tokens between them, and experts that act on answers alone take one "
             "answer behind one prompt; give each of the assistant's turns a row of its own"
         )
-    prompts = divided.mask.sum(1, keepdim=True)
-    ids = torch.cat([divided.ids.gather(1, prompts - 1), divided.decoder_ids[:, 1:]], 1)
-    # A model that reads no token leaves no cache.
-    width = max(1, int(prompts.max()) - 1)
-    before = torch.arange(width, device=ids.device) - width + prompts - 1
-    places = prompts - 1 + torch.arange(ids.shape[1], device=ids.device)
-    read = divided.ids.gather(1, before.clamp(min=0))
-    return AnswerInputs(read, (before >= 0).long(), ids, divided.decoder_mask, places, divided.labelled)
+    lengths = divided.mask.sum(1, keepdim=True)
+    ids = torch.cat([divided.ids.gather(1, lengths - 1), divided.decoder_ids[:, 1:]], 1)
+    # The last token is read with the answer, and a model that reads no token before it leaves no cache.
+    width = max(2, int(lengths.max()))
+    shifted = torch.arange(width, device=ids.device) - width + lengths
+    places = lengths - 1 + torch.arange(ids.shape[1], device=ids.device)
+    prompts = divided.ids.gather(1, shifted.clamp(min=0))
+    return AnswerInputs(prompts, (shifted >= 0).long(), ids, divided.decoder_mask, places, divided.labelled)
 
 
 def repacked(batch: Batch) -> Batch:

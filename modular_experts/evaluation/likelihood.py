@@ -64,8 +64,10 @@ def _inputs(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor]:
     if acts_on_answers(model):
         read = answer_inputs(batch)
         named = {"input_ids": read.ids, "position_ids": read.places}
-        named["attention_mask"] = torch.cat([read.before_mask, read.mask], 1)
-        named["cache"] = cast(Any, model).answer_only.read(read.before, read.before_mask)
+        named["attention_mask"] = torch.cat([read.prompt_mask[:, :-1], read.mask], 1)
+        cache = DynamicCache(config=cast(Any, model).config)
+        with reading(tasks=batch.get("task")):
+            named["cache"] = cast(Any, model).answer_only.read(read.prompts, read.prompt_mask, cache)
         return named, read.labelled
     if not reads_prompts_apart(model):
         names = ("input_ids", "attention_mask", "position_ids", "cache")

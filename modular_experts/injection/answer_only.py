@@ -19,7 +19,7 @@ from modular_experts.injection.inject import expert_layers, named_experts, write
 from modular_experts.injection.layers import ExpertConv1D, ExpertQuantised
 from modular_experts.language_model import acts_on_answers, reads_prompts_apart
 from modular_experts.routing.mixture import Mixture
-from modular_experts.routing.prompts import evaluation_mode, kept_tokens
+from modular_experts.routing.prompts import PromptGates, evaluation_mode, kept_tokens
 
 BECAUSE = "it acts on answers alone, and in the base's weights it would act on prompts, too"
 """Why no delta is all that such an expert does, as the end of a sentence."""
@@ -36,14 +36,16 @@ class AnswerOnly:
 
     Args:
         model: A causal language model with experts that are deltas of its linear layers.
+        gates: Chooses the experts of prompts in the base's pass over them; None where no router does.
 
     Raises:
         ValueError: The model or an expert cannot do so.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, gates: PromptGates | None = None) -> None:
         _check(model)
         self.model = model
+        self.gates = None
         self._is_base_alone = False
         self._hook = model.base_model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.answer_only = self
@@ -52,6 +54,7 @@ class AnswerOnly:
         except BaseException:
             self.remove()
             raise
+        self.gates = gates
 
     def remove(self) -> None:
         """Let the experts act on all tokens again."""
@@ -60,10 +63,18 @@ class AnswerOnly:
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Any:
-        """Return a cache, the given empty one or a new one, with the base's keys and values of tokens `(n, length)`.
+        """Return a cache with the base's keys and values of prompts `(n, length)`, up to each prompt's last token.
 
-        Tokens are padded on the left, where the mask `(n, length)` is 0.
+        The given cache is empty; without gates, None makes a new one. Prompts are padded on the left, where the mask
+        `(n, length)` is 0.
         """
+        if self.gates is not None:
+            # A layer of sliding attention then keeps what the crop needs.
+            cache.activate_past_recording()
+            self.gates.choose(self.model, ids, mask, cache=cache)
+            cache.crop(-1)
+            return cache
+        ids, mask = ids[:, :-1], mask[:, :-1]
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with self.base_alone(), evaluation_mode(self.model):
             return self.model.base_model(**named, cache=cache, use_cache=True).cache
@@ -92,7 +103,8 @@ class AnswerOnly:
         if self._is_base_alone or kept_tokens(named):
             return None
         cache = named.get("cache")
-        ids = named.get("input_ids")
+        # GPT-2 gives them to its body by position.
+        ids = named.get("input_ids", *arguments[:1])
         if cache is None or ids is None:
             raise ValueError(
                 "the experts of this model act on answers alone, and a pass without a cache does not tell where the "
@@ -101,8 +113,8 @@ class AnswerOnly:
         mask = named.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(ids)
-        if ids.shape[1] > 1:
-            self.read(ids[:, :-1], mask[:, :-1], cache)
+        if ids.shape[1] > 1 or self.gates is not None:
+            self.read(ids, mask, cache)
         places = mask.sum(1, keepdim=True) - 1
         return (), {**named, "input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": places}
 
@@ -118,11 +130,11 @@ class AnswerOnly:
             apart = torch.cat([body(input_ids=row, use_cache=False)[0][:, -2:] for row in rows])
             answers = torch.cat([row[:, -2:] for row in rows])
             alone = body(input_ids=answers, use_cache=False)[0]
-        padded = torch.cat([whole[:, :6], whole[:, [0, 0, 0, 0, 1, 2]]])
-        before = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], device=device)
-        cache = self.read(padded, before)
+        padded = torch.cat([whole[:, :7], whole[:, [0, 0, 0, 0, 1, 2, 3]]])
+        read = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)
+        cache = self.read(padded, read)
         places = torch.tensor([[length, length + 1] for length in prompts], device=device)
-        mask = torch.cat([before, torch.ones_like(answers)], 1)
+        mask = torch.cat([read[:, :-1], torch.ones_like(answers)], 1)
         with self.base_alone(), evaluation_mode(self.model):
             behind = body(input_ids=answers, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)[0]
         # Rounding differs by the layout of a batch, in bfloat16 by up to a tenth of the prompt's part.

@@ -77,8 +77,10 @@ def _attached(
     model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
 ) -> Applied | Injected:
     if check_act_alike(stored_experts_of(opened)):
-        put = beside(model, opened, check)
-        AnswerOnly(model)
+        with ExitStack() as until_ready:
+            put = until_ready.enter_context(beside(model, opened, check))
+            AnswerOnly(model)
+            until_ready.pop_all()
         return put
     in_layers = [
         expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
@@ -124,10 +126,11 @@ def _is_on_top(expert: Mapping[str, Delta], routed_expert: StoredExpert) -> bool
 
 def _route_into(model: nn.Module, route: StoredExpert, on_top: Sequence[Mapping[str, Delta]], check: bool) -> Routed:
     """Put a stored route into a model, beside deltas that were trained on top of it, which leave when it does."""
+    opened = open_route(route, partial(moved_sites, model))
+    check_act_alike([*stored_experts_of(on_top), *opened.members])
     with ExitStack() as until_routed:
         if on_top:
             until_routed.enter_context(applied(model, on_top, check=check))
-        opened = open_route(route, partial(moved_sites, model))
         routers = opened.routers.get(MODEL, opened.routers)
         both = routed(model, opened.members, routers, fallback=opened.fallback, check=check)
         both.after_removal.push(until_routed.pop_all())

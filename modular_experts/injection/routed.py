@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from modular_experts.base.apply import AnyExpert, check_loaded, check_shapes, open_several
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
+from modular_experts.injection.answer_only import AnswerOnly
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
 from modular_experts.injection.slices import GatesOfSlice
 from modular_experts.injection.task_heads import TaskHeads
-from modular_experts.language_model import prompt_reader
+from modular_experts.language_model import acts_on_answers, prompt_reader
 from modular_experts.library import StoredExpert
-from modular_experts.library.compatibility import check_mergeable
+from modular_experts.library.compatibility import check_act_alike, check_mergeable
+from modular_experts.library.expert import stored_experts_of
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing.gates import CurrentGates, Gates
 from modular_experts.routing.mixture import Mixture
@@ -69,18 +71,25 @@ class Routed(Injected):
     """Experts behind a router in a model.
 
     For scope `sample`, `current` holds the gates of the last pass, and `prompt_gates` makes them. `members` are the
-    experts, and the fallback behind them if there is one.
+    experts, and the fallback behind them if there is one. With `on_answers` they act on answers alone.
     """
 
     members: Sequence[AnyExpert] = ()
 
-    def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates, on_answers: bool = False
+    ) -> None:
         super().__init__(model, plan)
         self.router = router
         self.current = current
-        self.prompt_gates: PromptGates | None = None
-        if router is not None:
-            self.prompt_gates = PromptGates(router, current)
+        self.prompt_gates = None if router is None else PromptGates(router, current)
+        if on_answers:
+            try:
+                AnswerOnly(model, self.prompt_gates)
+            except BaseException:
+                self.remove()
+                raise
+        elif self.prompt_gates is not None:
             # `generate` calls the encoder of an encoder-decoder by itself.
             hook = prompt_reader(model).register_forward_pre_hook(self.prompt_gates, with_kwargs=True)
             self.after_removal.callback(hook.remove)
@@ -89,7 +98,14 @@ class Routed(Injected):
         """Add the routed experts to the outputs of the layers, for good, so that other experts can be trained in these.
 
         A router of scope `sample` then reads prompts with the changes of those experts in the first blocks.
+
+        Raises:
+            ValueError: The routed experts act on answers alone, and further experts would act on prompts.
         """
+        if acts_on_answers(self._model):
+            raise ValueError(
+                "the routed experts act on answers alone, so nothing is trained on top of them; route ordinary experts"
+            )
         mixtures = [(layer, cast(Mixture, layer.expert)) for _, layer in expert_layers(self._model)]
         eject(self._model)
         for layer, mixture in mixtures:
@@ -125,15 +141,18 @@ def routed(
         check: Whether the model must be the base of the stored experts.
 
     Raises:
-        ValueError: The model is not the experts' base or has experts, an expert is not mergeable, moves what is not a
-            linear layer or has another shape there, or the router has learned another number of experts.
+        ValueError: The model is not the experts' base or has experts, an expert does more than its delta, moves what
+            is not a linear layer or has another shape there, only some experts act on answers alone, or the router has
+            learned another number of experts.
     """
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")
     several: list[Mapping[str, Delta]] = [*open_several(experts)]
     if fallback is not None:
         several += open_several(fallback)
-    check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
+    on_answers = check_act_alike(stored_experts_of(several))
+    if not on_answers:
+        check_mergeable(stored_experts_of(several))
     if check:
         check_loaded(model, several)
     # A kernel would read beside a delta of another shape.
@@ -165,7 +184,7 @@ def routed(
         current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
     # Without a fallback, an expert that moves nothing stands for the base alone.
     behind = several if fallback is not None else [*several, {}]
-    both = Routed(model, partial(_plan, behind, current, each_weight), whole, current)
+    both = Routed(model, partial(_plan, behind, current, each_weight), whole, current, on_answers)
     both.members = several
     if rows is not None:
         fits = model.register_forward_pre_hook(partial(_check_batch, len(rows)), with_kwargs=True)

@@ -31,6 +31,7 @@ def open_experts(
     mergeable: bool = True,
     base: object = None,
     skip: bool | None = None,
+    on_answers: bool = False,
 ) -> list[StoredExpert | Vector]:
     """Open experts in their order, all before any delta is read; task vectors such as `0.5 * a` stay as they are.
 
@@ -44,6 +45,7 @@ def open_experts(
         base: The base of PEFT adapters, as for `open_expert`.
         skip: Leave out, with a sentence in the log, what cannot be used, such as an adapter of a tied head; None for a
             caller that offers no such choice.
+        on_answers: Take experts that act on answers alone, too.
 
     Raises:
         FileNotFoundError: There is no expert at a place.
@@ -60,7 +62,7 @@ def open_experts(
             continue
         try:
             expert = copy(path) if isinstance(path, StoredExpert) else open_expert(path, base)
-            if mergeable:
+            if mergeable and not (on_answers and expert.acts_on_answers):
                 _check_mergeable(expert, offers_skip=skip is not None, alone=len(named) == 1)
             opened.append(expert)
         except ValueError as error:
@@ -211,8 +213,8 @@ def check_act_alike(experts: Sequence[StoredExpert]) -> bool:
     if on_answers and len(on_answers) < len(experts):
         others = [expert.name for expert in experts if not expert.acts_on_answers]
         raise ValueError(
-            f"{on_answers[0]} acts on answers alone and {others[0]} on prompts, too, so no sum of the two is exact; "
-            "name experts of one sort"
+            f"{on_answers[0]} acts on answers alone and {others[0]} on prompts, too, so one model cannot take "
+            "both; name experts of one sort"
         )
     return bool(on_answers)
 

@@ -12,6 +12,7 @@ import torch
 from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
+from modular_experts.injection.answer_only import BECAUSE
 from modular_experts.injection.task_heads import head_state, warn_of_several_heads
 from modular_experts.library import (
     StoredExpert,
@@ -27,10 +28,11 @@ from modular_experts.library import (
     union_of_weights,
     write_expert,
 )
+from modular_experts.library.compatibility import check_act_alike
 from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_experts_of
 from modular_experts.library.form import Form
-from modular_experts.library.record import MERGE, RECORD_FILE, Facts, Record
+from modular_experts.library.record import ANSWER, MERGE, RECORD_FILE, Facts, Record
 from modular_experts.library.result_key import result_key
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
@@ -54,6 +56,7 @@ class Merged(TaskVector):
     Attributes:
         experts: The experts, in the order in which the methods get them.
         stored: The stored experts that these are made of.
+        on_answers: Whether they act on answers alone, and so does the merge.
         base: The record of their base.
         rules: The method of each weight that is merged.
     """
@@ -62,10 +65,11 @@ class Merged(TaskVector):
         self, experts: Experts, method: Method, per_weight: Rules | None = None, skip: bool | None = None
     ) -> None:
         _keep_freed_memory()
-        self.experts = open_experts(experts, skip=skip)
+        self.experts = open_experts(experts, skip=skip, on_answers=True)
         self.stored = stored_experts_of(self.experts)
         if not self.stored:
             raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
+        self.on_answers = check_act_alike(self.stored)
         adopt_smaller(self.stored)
         self.base = common_base(self.stored)
         self._method = _made(method)
@@ -147,6 +151,10 @@ class Merged(TaskVector):
             )
         return {name: _OfTask(self, place) for place, name in enumerate(names)}
 
+    @property
+    def not_mergeable_because(self) -> str | None:
+        return BECAUSE if self.on_answers else None
+
     def record(self) -> Record:
         """Return the record of the merge as an expert."""
         return make_record(
@@ -158,6 +166,8 @@ class Merged(TaskVector):
             training=training_in_common(self.stored),
             method=describe(self._method) if self._method else None,
             per_weight={pattern: chosen and describe(chosen) for pattern, chosen in self._per_weight.items()},
+            acts_on=ANSWER if self.on_answers else None,
+            not_mergeable_because=self.not_mergeable_because,
         )
 
     def key(self) -> str:

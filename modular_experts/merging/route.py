@@ -22,7 +22,7 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import found_beside, put_beside, union_of_weights
+from modular_experts.library.compatibility import check_act_alike, found_beside, put_beside, union_of_weights
 from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import StoredStatistics, command_for, kinds_of_statistics
@@ -65,19 +65,21 @@ def route(
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced, or a name of another library is
             another expert there.
-        ValueError: An expert has another base or is not mergeable, there are too few, two of the experts and the
-            routed one have one name, the router would never use the fallback, or there are neither data nor statistics
-            to learn from.
+        ValueError: An expert has another base or does more than its delta, only some act on answers alone, there are
+            too few, two of the experts and the routed one have one name, the router would never use the fallback, or
+            there are neither data nor statistics to learn from.
     """
     target = check_target(out, overwrite)
     router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
     behind = [] if fallback is None else [fallback]
     left_out = [_path_of(place) for place in (out, *behind)]
-    opened = open_experts([expert for expert in experts if _path_of(expert) not in left_out], base=base)
+    chosen = [expert for expert in experts if _path_of(expert) not in left_out]
+    opened = open_experts(chosen, base=base, on_answers=True)
     members = list(opened)
     if behind:
-        members += open_experts(behind, base=base)
+        members += open_experts(behind, base=base, on_answers=True)
+    check_act_alike(members)
     _check_names(members, target)
     common = common_base(members)
     union_of_weights(members)

@@ -242,7 +242,8 @@ def write_form(
     The record keeps how the expert was trained, and has scores of its own.
     """
     old = expert.record
-    kept = {name: old.get(name) for name in ("hyperparameters", "method", "per_weight", "costs", "seed", "training")}
+    names = ("hyperparameters", "method", "per_weight", "costs", "seed", "training", "acts_on", "not_mergeable_because")
+    kept = {name: old.get(name) for name in names}
     scores = {f"val_loss/{task}": loss for task, loss in (losses or {}).items()}
     scores |= {"val_loss": mean_loss(losses)} if losses else {}
     record = make_record(old["kind"], old["base"], old["tasks"], old["parents"], scores=scores, **kept)

@@ -173,7 +173,8 @@ def take_statistics(
     """
     asked = ValidationRows(data, ROWS) if isinstance(data, TaskMixture) else data
     _check(kind, asked, steps, encoder)
-    opened = open_experts(experts, base=asked.base)
+    # What only reads the base is the same for experts that act on answers alone.
+    opened = open_experts(experts, base=asked.base, on_answers=kind in OF_INPUTS)
     check_statistics_targets(opened, kind, overwrite)
     mixture, labels = asked.of_experts(opened)
     base = Base.open(asked.base, opened)

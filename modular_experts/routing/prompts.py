@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.language_model import blocks_of, prompt_reader, reads_prompts_apart
+from modular_experts.language_model import acts_on_answers, blocks_of, prompt_reader, reads_prompts_apart
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import GRAMS, Router, TextRouter
 
@@ -24,6 +23,8 @@ class PromptGates:
     Before the pass, the prompts are read in a pass of their own over the first transformer blocks. A pass that goes on
     with kept keys and values keeps the gates of its prompts. Where rows are packed, or some of them go on, `reading`
     must tell the row of each place. `allowed` limits the choice to some of the experts, as `gates_among` does.
+
+    Where experts act on answers alone, `AnswerOnly` calls `choose` as it reads prompts, in place of the hook.
     """
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
@@ -51,22 +52,40 @@ class PromptGates:
         rows = named.get("attention_mask") if row is None else Packs(row, named["position_ids"])
         prompt = prompts_at_hand(ids.shape[1])
         self._growth.check(ids, named)
+        self.choose(model, ids, rows, prompt)
+        if row is not None and self._of_rows is not None:
+            self.current.gates = self._of_rows.of_places(row)
+
+    def choose(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        mask: "Tensor | Packs | None" = None,
+        prompt: Tensor | None = None,
+        cache: Any = None,
+    ) -> None:
+        """Read prompts by the base alone, with `prompt_vectors`' arguments, and make their gates."""
         # Without gates, a mixture is the base alone.
         self.current.gates = None
         self._inside = True
         try:
-            vectors = vectors_for(self.router, model, ids, rows, prompt)
+            vectors = vectors_for(self.router, model, ids, mask, prompt, cache)
         finally:
             self._inside = False
         self._of_rows = gates_among(self.router.to(vectors.device), vectors, self.allowed)
-        self.current.gates = self._of_rows if row is None else self._of_rows.of_places(row)
+        self.current.gates = self._of_rows
 
 
 def vectors_for(
-    router: Router, model: nn.Module, ids: Tensor, mask: "Tensor | Packs | None" = None, prompt: Tensor | None = None
+    router: Router,
+    model: nn.Module,
+    ids: Tensor,
+    mask: "Tensor | Packs | None" = None,
+    prompt: Tensor | None = None,
+    cache: Any = None,
 ) -> Tensor:
     """Return what a router of scope `sample` reads of each prompt, `(rows, size)`, with `prompt_vectors`' arguments."""
-    parts = prompt_vectors(model, ids, mask, router.depths, prompt)
+    parts = prompt_vectors(model, ids, mask, router.depths, prompt, cache)
     if isinstance(router, TextRouter) and router.encoder is not None:
         if router.encode is None:
             raise ValueError(
@@ -186,12 +205,18 @@ class Packs(NamedTuple):
 
 @torch.no_grad()
 def prompt_vectors(
-    model: nn.Module, ids: Tensor, mask: Tensor | Packs | None, depths: Sequence[float], prompt: Tensor | None = None
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor | Packs | None,
+    depths: Sequence[float],
+    prompt: Tensor | None = None,
+    cache: Any = None,
 ) -> list[Tensor]:
     """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
 
     It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer
-    blocks, from 0, the embeddings, to 1; `depths` rise. The pass ends at the deepest one, and runs without dropout.
+    blocks, from 0, the embeddings, to 1; `depths` rise. The pass runs without dropout and ends at the deepest one; with
+    an empty `cache` it goes through the whole model, and leaves the keys and values of all tokens there.
     Token ids `(rows, length)` may be padded on either side, where the `mask` has 0, or packed, `(packs, length)`. The
     tokens of the prompts are true in `prompt`, or all.
     """
@@ -205,15 +230,19 @@ def prompt_vectors(
     parameters = inspect.signature(body.forward).parameters
     inputs: dict[str, object] = {"input_ids": ids}
     if "use_cache" in parameters or reader is model:
-        inputs["use_cache"] = False
+        inputs["use_cache"] = cache is not None
+    if cache is not None:
+        inputs["cache"] = cache
     if isinstance(mask, Packs):
         inputs["position_ids"] = mask.places
     else:
         inputs["attention_mask"] = mask
-        if mask is not None and "position_ids" in parameters and not reads_prompts_apart(model):
+        is_encoder = reads_prompts_apart(model) and not acts_on_answers(model)
+        if mask is not None and "position_ids" in parameters and not is_encoder:
             # Padding on the left must not move the places; encoders, which have it on the right, count by themselves.
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    states = _hidden_states(body, inputs, depths)
+    with cast(Any, model).answer_only.base_alone() if acts_on_answers(model) else nullcontext():
+        states = _hidden_states(body, inputs, depths)
     inside = _inside_prompts(ids, mask, prompt)
     # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
     # It counts only in a prompt of one token.
@@ -271,25 +300,19 @@ def _inside_prompts(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | N
 
 
 def _hidden_states(body: nn.Module, inputs: Named, depths: Sequence[float]) -> list[Tensor]:
-    """Return the hidden states at each of the depths, by a pass that ends at the deepest."""
+    """Return the hidden states at each of the depths, by a pass that ends at the deepest unless it keeps a cache."""
     blocks = blocks_of(body)
     numbers = [round(depth * len(blocks)) for depth in depths]
-    *earlier, deepest = dict.fromkeys(numbers)
-    states: dict[int, Tensor] = {}
-
-    def note(number: int, _: nn.Module, arguments: tuple[Tensor, ...], named: Named) -> None:
-        states[number] = arguments[0] if arguments else named["hidden_states"]
-
+    states: dict[int, list[Tensor]] = {}
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(body))
-        for number in earlier:
-            block = body.get_submodule(blocks[number])
-            stack.callback(block.register_forward_pre_hook(partial(note, number), with_kwargs=True).remove)
-        behind = deepest == len(blocks)
-        with stop_at(body.get_submodule(blocks[-1] if behind else blocks[deepest]), behind) as reached:
-            body(**inputs)
-    states[deepest] = reached[0]
-    return [states[number] for number in numbers]
+        for number in dict.fromkeys(numbers):
+            ends = number == max(numbers) and "cache" not in inputs
+            behind = number == len(blocks)
+            block = body.get_submodule(blocks[-1] if behind else blocks[number])
+            states[number] = stack.enter_context(states_at(block, behind, ends))
+        body(**inputs)
+    return [states[number][0] for number in numbers]
 
 
 @contextmanager
@@ -305,17 +328,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def stop_at(block: nn.Module, behind: bool = False) -> Iterator[list[Tensor]]:
-    """End a forward pass at a transformer block, before it or behind it; the list gets the hidden states there."""
+def states_at(block: nn.Module, behind: bool = False, ends: bool = True) -> Iterator[list[Tensor]]:
+    """Put the hidden states of a forward pass before a transformer block, or behind it, into the list.
+
+    The pass ends there if it `ends`.
+    """
     reached: list[Tensor] = []
 
+    def note(states: Tensor) -> None:
+        reached.append(states)
+        if ends:
+            raise _Reached
+
     def before(_: nn.Module, arguments: tuple[Tensor, ...], named: Named) -> None:
-        reached.append(arguments[0] if arguments else named["hidden_states"])
-        raise _Reached
+        note(arguments[0] if arguments else named["hidden_states"])
 
     def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        reached.append(output if isinstance(output, Tensor) else output[0])
-        raise _Reached
+        note(output if isinstance(output, Tensor) else output[0])
 
     hook = block.register_forward_hook(after) if behind else block.register_forward_pre_hook(before, with_kwargs=True)
     try:

@@ -155,7 +155,7 @@ class Merge(MergeEntry):
         settings = chosen["settings"] if chosen else {}
         method = with_settings(self.methods[0], settings)
         merged = Merged(experts, method)
-        if written:
+        if written or merged.on_answers:  # a mapping would not tell that it acts on answers alone
             expert: Mapping[str, Delta] = write_merged(merged, place, True, notes=chosen["notes"] if chosen else None)
         else:
             expert = dict(merged.items())

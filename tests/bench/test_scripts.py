@@ -93,8 +93,9 @@ def test_time_to_quality(one_block, tmp_path: Path, monkeypatch) -> None:
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)
     words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", one_block, "--seeds", "3"]
-    words += ["--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:9"]
+    words += ["--out", tmp_path / "runs.jsonl", "--words", "5", "--tries", "full:1e-4:9", "LoRA-of-answers:1e-4:9"]
     report = json.loads(run_script("time_to_quality.py", *words))
+    assert '"input": "the customer wrote this to x' in (tmp_path / "task-5.jsonl").read_text()
     peer, full, *_ = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert report["rows"][0]["gap"] == [pytest.approx(full["loss"] - peer["loss"])]
     assert report["rows"][0]["cpu"] == [pytest.approx(full["cpu"] / peer["cpu"])]

@@ -159,9 +159,10 @@ def _assert_gradients(expert: Any, dense: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "entries"])
-def test_generation_goes_on_as_the_reference_does(kind: str) -> None:
-    model = equipped("llama", kind)
-    reference = reference_of(model, base_of())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_goes_on_as_the_reference_does(architecture: str, kind: str) -> None:
+    model = equipped(architecture, kind)
+    reference = reference_of(model, base_of(architecture))
     AnswerOnly(model)
 
     answers = generate_tokens(model, build_tokenizer(), batch_of(ROWS), max_new_tokens=6)
@@ -297,7 +298,8 @@ def test_a_stored_expert_scores_as_the_module_does_and_stands_nowhere_else(
     rows = save_expert(module.model, tmp_path / "library" / "rows", tasks=["upper"], base=str(tiny_llama_dir))
     assert not rows.acts_on_answers
     base: Any = build_model("llama")
-    with pytest.raises(ValueError, match=r"here acts on answers alone and .* on prompts, too, so no sum of the two is"):
+    said = r"here acts on answers alone and .* on prompts, too, so one model cannot take both"
+    with pytest.raises(ValueError, match=said):
         attached(base, [here, rows])
     with attached(base, here):
         (layer, *_) = (layer for _, layer in expert_layers(base))

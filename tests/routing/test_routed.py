@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
 from testbed.padded_rows import ROWS, padded
+from testbed.routers import centroid
 
 from modular_experts.base.apply import applied
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
@@ -94,18 +95,6 @@ def test_constant_gates_are_the_weighted_sum_of_the_experts() -> None:
         wanted = model(**padded(ROWS, "right")).logits
     mask = padded(ROWS, "right")["attention_mask"].bool()
     torch.testing.assert_close(found[mask], wanted[mask], rtol=1e-9, atol=1e-9)
-
-
-def centroid(model: torch.nn.Module, **settings: object) -> Centroid:
-    """Return a router of three experts, whose prompts have tokens of their own."""
-    made = torch.Generator().manual_seed(5)
-    router = Centroid(**{"reject": None} | settings)  # type: ignore[arg-type]
-    prompts = []
-    for number in range(3):
-        ids = 5 + 20 * number + torch.randint(0, 12, (24, 6), generator=made)
-        prompts.append(torch.cat(prompt_vectors(model, ids, None, router.depths), 1))
-    router.learn([], prompts)
-    return router
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

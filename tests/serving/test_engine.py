@@ -17,6 +17,8 @@ from modular_experts.deltas import Dense
 from modular_experts.injection import find_sites
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
+from modular_experts.routing import KernelRidge
+from modular_experts.routing.gates import Softmax
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
 from modular_experts.serving.engine import PAGE, Engine, EngineError, Sampling, choose_token
@@ -101,6 +103,31 @@ def test_an_answer_is_read_again_as_a_part_of_the_next_prompt(library, tiny_llam
     with attached(model, open_expert(library / "few_answers")):
         whole = model.generate(torch.tensor([conversation]), max_new_tokens=12, do_sample=False, eos_token_id=-1)
     assert second == whole[0, len(conversation) :].tolist()
+
+
+def test_the_chosen_expert_of_answers_goes_on_from_what_the_base_read(tmp_path, tiny_llama_dir, task_files):
+    library = tmp_path / "routed"
+    served.router_of(tiny_llama_dir, library, task_files, on_answers=True)(KernelRidge(reject=None, select=Softmax()))
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    read = tokens_read(engine)
+    prompts = ["upper " + LONG, "reverse " + LONG, "upper " + LONG]
+
+    async def one_after_the_other():
+        firsts, texts = [], []
+        for prompt in prompts:
+            ids = tokenizer(prompt)["input_ids"]
+            choice, _ = models.find("auto").choose(engine.reader, served.plainly(ids))
+            assert len(choice.experts) == 2
+            engine.check(choice.members, len(ids), 12)
+            read.clear()
+            answer = engine.answer(ids, choice.experts, [tokenizer.eos_token_id], 12, Sampling())
+            texts.append(served.text_of(tokenizer, [token async for token in answer]))
+            firsts.append((read[0], len(ids)))
+        return firsts, texts
+
+    firsts, texts = served.run(engine, one_after_the_other())
+    assert [read == whole for read, whole in firsts] == [True, True, False]
+    assert texts == [served.generated(tiny_llama_dir, library, prompt, "route") for prompt in prompts]
 
 
 def test_experts_of_both_sorts_are_not_added_up(library, tiny_llama_dir) -> None:

@@ -110,11 +110,13 @@ def make_library(base: Path, place: Path) -> Path:
     return place
 
 
-def router_of(base: Path, library: Path, files: Mapping[str, Path], seed: int = 10) -> Callable[..., StoredExpert]:
+def router_of(
+    base: Path, library: Path, files: Mapping[str, Path], seed: int = 10, on_answers: bool = False
+) -> Callable[..., StoredExpert]:
     """Write an expert of each of two tasks; return a function that puts a router before them."""
     tasks = ("upper", "reverse")
     for number, name in enumerate(tasks):
-        write(base, library / name, "lora", seed + number)
+        write(base, library / name, "lora", seed + number, on_answers=on_answers)
 
     def make(router: Any, name: str = "route", **settings: Any) -> StoredExpert:
         data = runs.mixture({one: files[one] for one in tasks}, base)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modular_experts.routing.prompts import stop_at
+from modular_experts.routing.prompts import states_at
 from modular_experts.systems.compress.removable import Kept, Removable, oriented
 
 DAMPING = 0.01
@@ -89,7 +89,7 @@ class BlockByBlock:
                 hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
             model.base_model(rows[0], use_cache=False)
         for row in rows:
-            with stop_at(self.blocks[0]) as reached:
+            with states_at(self.blocks[0]) as reached:
                 model.base_model(row, use_cache=False)
             self.embedded += reached
 
