@@ -67,6 +67,7 @@ def test_each_row_answers_as_the_expert_that_the_base_s_states_choose(architectu
         counting = block.register_forward_hook(lambda _, inputs, output: read.append(output.shape[:2]))
         answers = model.generate(**padded(PROMPTS, "left"), **how)[:, -6:].tolist()
         counting.remove()
+        assert model.generate(torch.tensor([PROMPTS[1]]), **how)[0, -6:].tolist() == answers[1]
     # The base reads all prompts once, and each step of the answers one token.
     assert read == [(4, 7), *[(4, 1)] * 6]
     assert not hasattr(model, "answer_only")
