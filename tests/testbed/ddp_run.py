@@ -215,6 +215,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     if find_spec("bitsandbytes"):
         quantised = {"dtype": "float32", "quantise": "nf4"}
         found["quantised"] = values(train(folder, base, files, ranks, expert=SPARSE, model=quantised)[0])
+    answers = {"expert": SPARSE, "model": {"acts_on": "answer"}}
+    found["of answers"] = values(train(folder, base, files, ranks, **answers)[0])
     found["masked"] = train_masked(folder, base, files, ranks)
     for name in FEW_ROWS:
         found[f"few rows {name}"] = train_few_rows(folder, base, files, ranks, name)

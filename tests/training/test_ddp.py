@@ -76,10 +76,10 @@ CHANGES = {"masked": [1, 2, 4], **{f"step {parts} {mib}": [0, -1] for parts, mib
 """The parts of the run that choose supports, and steps between which one process changes them."""
 
 
-@pytest.mark.parametrize("part", [*CHANGES, "under others", *ddp_run.PLANS, *ddp_run.SYSTEMS, *MIXTURES])
+@pytest.mark.parametrize("part", [*CHANGES, "of answers", "under others", *ddp_run.PLANS, *ddp_run.SYSTEMS, *MIXTURES])
 def test_two_processes_train_what_one_trains(found, part: str) -> None:
     """The paper's masks, supports chosen from the averaged gradient of a step, what shares parts, the same others,
-    draws, blocks of a round and fresh products, and mixtures."""
+    what acts on answers alone, draws, blocks of a round and fresh products, and mixtures."""
     one, two, _ = found
     exact = part == "masked" or part.startswith("mixture")
     values, *others = (found[part]["values"] if part in CHANGES else found[part] for found in (one, *two))

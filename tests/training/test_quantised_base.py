@@ -18,8 +18,9 @@ from modular_experts import ExpertModule, TaskMixture, apply, estimate_fit, fit
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.base.quantised import quantiser
-from modular_experts.evaluation import evaluate
+from modular_experts.evaluation import batch_losses, evaluate
 from modular_experts.experts import LoRAExpert, SparseExpert
+from modular_experts.injection.answer_only import AnswerOnly
 from modular_experts.training.loading import put_applied
 from modular_experts.training.train_under_others import TrainUnderOthers
 
@@ -117,6 +118,24 @@ def test_an_expert_is_trained_on_top_of_another(sparse, tasks, wide) -> None:
     (loss, found), (expected_loss, expected) = (step(put(one, LoRAExpert)) for one in (model, twin))
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+@pytest.mark.parametrize("kind", [SPARSE, partial(LoRAExpert, rank=4)])
+def test_experts_that_act_on_answers_alone_are_trained(kind, tasks, wide) -> None:
+    model = load(wide)
+    batch = next(iter(runs.mixture({"upper": Path(tasks[0])}, wide).train_dataloader()))
+    found = {}
+    for name, one in {"quantised": model, "plain": plain_twin(model)}.items():
+        AnswerOnly(put(one, kind))
+        each, _ = batch_losses(one, batch)
+        each.sum().backward()
+        gradients = {name: weight.grad for name, weight in one.named_parameters() if weight.requires_grad}
+        found[name] = each, gradients
+    torch.testing.assert_close(found["quantised"], found["plain"], rtol=0, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in found["plain"][1].values()) > 1e-3
+    expert = fit(wide, tasks, kind, out="library/answers", quantise="nf4", model={"acts_on": "answer"}, **HOW)
+    scores = losses(expert, tasks, Base.open(wide, quantise="nf4"))
+    assert scores["expert"] < scores["base"] - 0.05
 
 
 def test_a_base_that_is_stored_or_given_quantised_trains_alike_and_is_not_applied_to(sparse, tasks, wide) -> None:
