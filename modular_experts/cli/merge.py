@@ -165,7 +165,7 @@ def merge(
         raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
-    opened = open_experts(experts, base=written.base, skip=skip, on_answers=not (tune or written.is_checkpoint))
+    opened = open_experts(experts, base=written.base, skip=skip, on_answers=not written.is_checkpoint)
     warn_of_own_parents(opened)
     if tune and method is None:
         from modular_experts.merging.distill import without_data

@@ -77,11 +77,7 @@ def _attached(
     model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
 ) -> Applied | Injected:
     if check_act_alike(stored_experts_of(opened)):
-        with ExitStack() as until_ready:
-            put = until_ready.enter_context(beside(model, opened, check))
-            AnswerOnly(model)
-            until_ready.pop_all()
-        return put
+        return on_answers(model, opened, check)
     in_layers = [
         expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
     ]
@@ -145,6 +141,15 @@ def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool
     names = dict.fromkeys(name for expert in experts for name in expert)
     total = {name: add([expert[name] for expert in experts if name in expert]) for name in names}
     return routed(model, [total], rows=[0], check=False)
+
+
+def on_answers(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
+    """Let the sum of experts act on answers alone."""
+    with ExitStack() as until_ready:
+        put = until_ready.enter_context(beside(model, experts, check))
+        AnswerOnly(model)
+        until_ready.pop_all()
+    return put
 
 
 def _plan_of(expert: StoredExpert) -> Plan:

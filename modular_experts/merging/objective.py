@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
-from modular_experts.base.apply import applied
+from modular_experts.base.apply import Applied, applied
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import IGNORED, Batch, Collator, Example
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
 from modular_experts.injection import context_length
+from modular_experts.injection.attach import on_answers
+from modular_experts.injection.routed import Injected
 from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert
+from modular_experts.library.compatibility import check_act_alike
 from modular_experts.library.record import Facts, Record, plain
 from modular_experts.progress import Counted, Progress
 
@@ -63,6 +66,7 @@ class Objective:
         answered_by: The expert of each task, whose answers take the place of the targets; the rows need inputs only.
         max_new_tokens: The most tokens of such an answer.
         judged: How many batches of each task `losses` reads; all if not given.
+        on_answers: Whether deltas act on answers alone.
 
     Attributes:
         batches: Each task's, in an order at random that is always the same.
@@ -80,8 +84,10 @@ class Objective:
         max_new_tokens: int = 64,
         progress: Progress = iter,
         judged: int | None = None,
+        on_answers: bool = False,
     ) -> None:
         self.model = model.eval()
+        self.on_answers = on_answers
         self.batches: dict[str, list[Batch]] = {}
         self.origin: Record = {}
         self._judged = judged
@@ -91,7 +97,8 @@ class Objective:
         if answered_by is not None:
             together = max(size, ANSWERED_ROWS)
             for task in progress(Counted(examples, "tasks")):
-                examples[task] = answers_of(answered_by[task], examples[task], model, data, together, max_new_tokens)
+                with self.added(answered_by[task]):
+                    examples[task] = answers_to(examples[task], model, data, together, max_new_tokens)
         collate = Collator(data.row_tokenizer().pad_id, texts=False)
         for task, rows in examples.items():
             # Shorter rows first, to save padding.
@@ -101,11 +108,26 @@ class Objective:
             random.Random(0).shuffle(parts)
             self.batches[task] = [move_data_to_device(collate(part), model.device) for part in parts]
 
+    def added(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> Applied | Injected:
+        """Add `scale` times deltas to the model, until `remove` or the end of a `with`."""
+        if self.on_answers:
+            scaled = {name: delta * scale for name, delta in deltas.items()}
+            return on_answers(self.model, [scaled], check=False)
+        return applied(self.model, deltas, scale, check=False)
+
+    def check_acts_as(self, experts: Sequence[StoredExpert]) -> None:
+        """Raise ValueError if experts act on answers alone, and the deltas of this objective do not, or the reverse."""
+        if check_act_alike(experts) != self.on_answers:
+            raise ValueError(
+                f"on_answers={self.on_answers} of the objective is not how {experts[0].name} acts; make the objective "
+                f"with on_answers={not self.on_answers}"
+            )
+
     @torch.no_grad()
     def remember(self, experts: Mapping[str, Mapping[str, Delta]], progress: Progress = iter) -> None:
         """Keep in each batch what the expert of its task predicts there, on the model at the base."""
         for task in progress(Counted(self.batches, "tasks")):
-            with applied(self.model, experts[task], check=False):
+            with self.added(experts[task]):
                 for batch in self.batches[task]:
                     batch["prediction"] = prediction(answer_logits(self.model, batch)[0])
 
@@ -123,14 +145,14 @@ class Objective:
         self, deltas: Mapping[str, Delta], scale: float = 1.0, tasks: Sequence[str] | None = None
     ) -> dict[str, float]:
         """Return the loss of each task, or of some, with `scale` times the deltas added to the model."""
-        with applied(self.model, deltas, scale, check=False):
+        with self.added(deltas, scale):
             return self.losses(tasks=tasks)
 
     @torch.no_grad()
     def losses_within(self, deltas: Mapping[str, Delta], most: float, tasks: Sequence[str]) -> dict[str, float] | None:
         """Return the loss of some tasks with deltas added, or None once their mean is sure to be above `most`."""
         losses: dict[str, float] = {}
-        with applied(self.model, deltas, check=False):
+        with self.added(deltas):
             for task in tasks:
                 total = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self.batches[task])
                 parts: list[float] = []
@@ -152,10 +174,17 @@ def answers_of(
     max_new_tokens: int,
 ) -> list[Example]:
     """Return rows of a mixture with an expert's own answers as targets; some rows are answered together."""
-    reader = data.row_tokenizer()
     with applied(model, expert, check=False):
-        collate = Collator(reader.pad_id)
-        return answered(model, reader.tokenizer, rows, collate, together, data.longest, max_new_tokens)
+        return answers_to(rows, model, data, together, max_new_tokens)
+
+
+def answers_to(
+    rows: Sequence[Example], model: PreTrainedModel, data: TaskMixture, together: int, max_new_tokens: int
+) -> list[Example]:
+    """Return rows of a mixture with the model's answers as targets; some rows are answered together."""
+    reader = data.row_tokenizer()
+    collate = Collator(reader.pad_id)
+    return answered(model, reader.tokenizer, rows, collate, together, data.longest, max_new_tokens)
 
 
 def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:
@@ -242,7 +271,9 @@ def objective_on_base(
     if model is None:
         model = base.load(rows.dtype).to(device())  # type: ignore[arg-type]
         put_task_heads(model, experts)
-    objective = Objective(model, mixture, own if by_experts else None, rows.max_new_tokens, progress, judged)
+    labelled_by = own if by_experts else None
+    act_alike = check_act_alike(experts)
+    objective = Objective(model, mixture, labelled_by, rows.max_new_tokens, progress, judged, on_answers=act_alike)
     if own:
         objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
     if by_experts:

@@ -96,8 +96,9 @@ def tune(
     _candidates(method, grid or {})  # refuses a bad grid before anything is read
     if out is not None:
         check_target(out, overwrite)
-    opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
+    opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None, on_answers=True)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
+    objective.check_acts_as(opened)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
     rows = data.rows if isinstance(data, ValidationRows) else ValidationRows.rows

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, open_expert
-from modular_experts.library.compatibility import open_parents
+from modular_experts.library.compatibility import check_act_alike, open_parents
 from modular_experts.library.form import Form
 from modular_experts.library.record import Record
 from modular_experts.merging.merged import Merged, write_merged
@@ -147,7 +147,8 @@ class Apart(MergeEntry):
         elif self.form is None:
             rows = min(self.rows, study.data.get("eval_limit") or self.rows)
             data = shared_rows(study, ChoiceRows, study.held_in, rows).only(group.own)
-            objective = Objective(loaded(study.base, study.dtype)[0], data)
+            model, _ = loaded(study.base, study.dtype)
+            objective = Objective(model, data, on_answers=check_act_alike(experts))
             for expert, place in zip(experts, places, strict=True):
                 measured_form = smallest(expert, objective, place, bound=self.bound, overwrite=True).chosen
                 forms[expert.name] = str(measured_form.form if measured_form else Form())

@@ -15,6 +15,7 @@ from modular_experts.discovery import import_systems
 from modular_experts.experts.expert import ExpertFactory, title_of
 from modular_experts.injection.ensemble import MEANS, Mean, ensembled
 from modular_experts.library import StoredExpert, open_expert, union_of_weights
+from modular_experts.library.compatibility import check_act_alike
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.statistics import carry_statistics
@@ -386,7 +387,10 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> Fa
     model, _ = loaded(study.base, study.dtype)
     rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
     data = shared_rows(study, ChoiceRows, study.held_in, rows)
-    parts = [(group.experts(study, out), Objective(model, data.only(group.own))) for group in groups]
+    parts = []
+    for group in groups:
+        experts = group.experts(study, out)
+        parts.append((experts, Objective(model, data.only(group.own), on_answers=check_act_alike(experts))))
     trials, best = tune_groups(parts, merge.methods[0], merge.tune.get("grid"), folder=out / "library")
     used = [expert for experts, _ in parts for expert in experts]
     return {
