@@ -243,8 +243,8 @@ def answer_inputs(batch: Batch) -> AnswerInputs:
         )
     lengths = divided.mask.sum(1, keepdim=True)
     ids = torch.cat([divided.ids.gather(1, lengths - 1), divided.decoder_ids[:, 1:]], 1)
-    # The last token is read with the answer, and a model that reads no token before it leaves no cache.
-    width = max(2, int(lengths.max()))
+    # The last token is read with the answer.
+    width = int(lengths.max())
     shifted = torch.arange(width, device=ids.device) - width + lengths
     places = lengths - 1 + torch.arange(ids.shape[1], device=ids.device)
     prompts = divided.ids.gather(1, shifted.clamp(min=0))

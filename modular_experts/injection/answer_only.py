@@ -68,13 +68,17 @@ class AnswerOnly:
         The given cache is empty; without gates, None makes a new one. Prompts are padded on the left, where the mask
         `(n, length)` is 0.
         """
-        if self.gates is not None:
+        if self.gates is not None and _can_crop(cache):
             # A layer of sliding attention then keeps what the crop needs.
             cache.activate_past_recording()
             self.gates.choose(self.model, ids, mask, cache=cache)
             cache.crop(-1)
             return cache
+        if self.gates is not None:
+            self.gates.choose(self.model, ids, mask)
         ids, mask = ids[:, :-1], mask[:, :-1]
+        if not ids.shape[1]:
+            return cache
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with self.base_alone(), evaluation_mode(self.model):
             return self.model.base_model(**named, cache=cache, use_cache=True).cache
@@ -135,8 +139,13 @@ class AnswerOnly:
         cache = self.read(padded, read)
         places = torch.tensor([[length, length + 1] for length in prompts], device=device)
         mask = torch.cat([read[:, :-1], torch.ones_like(answers)], 1)
+        named = {"input_ids": answers, "attention_mask": mask, "position_ids": places, "cache": cache}
         with self.base_alone(), evaluation_mode(self.model):
-            behind = body(input_ids=answers, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)[0]
+            try:
+                behind = body(**named, use_cache=True)[0]
+            except RuntimeError:
+                # Mamba takes one token at a time behind what it has read.
+                behind = torch.full_like(apart, torch.nan)
         # Rounding differs by the layout of a batch, in bfloat16 by up to a tenth of the prompt's part.
         allowed = torch.finfo(apart.dtype).eps ** 0.25 * (alone - apart).float().norm()
         if not (behind - apart).float().norm() <= allowed:
@@ -153,6 +162,11 @@ def attention_of_answers(model: nn.Module, ids: Tensor) -> AbstractContextManage
     """
     is_short = acts_on_answers(model) and ids.device.type == "cpu" and ids.shape[1] <= SHORT
     return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()
+
+
+def _can_crop(cache: Any) -> bool:
+    """Return whether the last token can be taken out of a cache again; out of a recurrent state it cannot."""
+    return not any(hasattr(layer, "recurrent_states") for layer in cache.layers)
 
 
 def _check(model: Any) -> None:

@@ -9,6 +9,7 @@ from conftest import build_model
 from testbed import runs, served
 from testbed.padded_rows import padded
 from testbed.routers import centroid
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modular_experts import Base, generate, open_expert
 from modular_experts.data.batch import Collator, Example, Tokens
@@ -33,7 +34,19 @@ PROMPTS = [[7, 8, 9, 10, 11], [29], [33, 34, 35, 36], [50, 51, 52, 53, 54, 55, 4
 ANSWERS = [[6, 17, 8], [14], [23, 24], [40, 41, 42, 43]]
 
 
+RECURRENT = ["qwen3_5_text", "lfm2"]
+"""Bases of which half the layers keep a state instead of keys and values."""
+
+
 def model_of(architecture: str) -> Any:
+    if architecture in RECURRENT:
+        sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2}
+        sizes |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        kind = "conv" if architecture == "lfm2" else "linear_attention"
+        config = AutoConfig.for_model(architecture, **sizes, layer_types=[kind, "full_attention"] * 2)
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().double()
     return build_model(architecture, **ARCHITECTURES[architecture]).double()
 
 
@@ -44,13 +57,15 @@ def stored(model: Any, library: Path, base: Path, on_answers: bool = True) -> li
     return [served.write(base, library / form, form, seed, shapes, on_answers=on_answers) for seed, form in forms]
 
 
-def batch_of(tasks: list[str]) -> dict[str, Any]:
-    rows = [Tokens(torch.tensor(prompt + answer), len(prompt)) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+def batch_of(tasks: list[str], first: int = 0) -> dict[str, Any]:
+    """Return a batch of as many rows as tasks, from one row on."""
+    pairs = [*zip(PROMPTS, ANSWERS, strict=True)][first : first + len(tasks)]
+    rows = [Tokens(torch.tensor(prompt + answer), len(prompt)) for prompt, answer in pairs]
     examples = [Example(task, "", None, row) for task, row in zip(tasks, rows, strict=True)]  # type: ignore[arg-type]
     return Collator(0, texts=False)(examples)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *RECURRENT])
 def test_each_row_answers_as_the_expert_that_the_base_s_states_choose(architecture, tmp_path, tiny_llama_dir) -> None:
     model = model_of(architecture)
     experts = stored(model, tmp_path, tiny_llama_dir)
@@ -67,9 +82,11 @@ def test_each_row_answers_as_the_expert_that_the_base_s_states_choose(architectu
         counting = block.register_forward_hook(lambda _, inputs, output: read.append(output.shape[:2]))
         answers = model.generate(**padded(PROMPTS, "left"), **how)[:, -6:].tolist()
         counting.remove()
+        # A batch of prompts of one token.
         assert model.generate(torch.tensor([PROMPTS[1]]), **how)[0, -6:].tolist() == answers[1]
-    # The base reads all prompts once, and each step of the answers one token.
-    assert read == [(4, 7), *[(4, 1)] * 6]
+        torch.testing.assert_close(batch_losses(model, batch_of([""], 1))[0], losses[1:2], rtol=0, atol=1e-9)
+    # The base reads all prompts once, and each step of the answers one token. A state is made by a pass of its own.
+    assert read == [(4, 7), *[(4, 6)] * (architecture in RECURRENT), *[(4, 1)] * 6]
     assert not hasattr(model, "answer_only")
     for number, (row, gate) in enumerate(zip(PROMPTS, gates, strict=True)):
         with attached(model, experts[gate], check=False), torch.no_grad():
