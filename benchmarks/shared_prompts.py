@@ -27,7 +27,7 @@ from measuring import Parser, goal, medians, output, print_goals, print_machine,
 
 from modular_experts.deltas import LowRank
 from modular_experts.injection import find_sites
-from modular_experts.injection.answer_only import BECAUSE
+from modular_experts.injection.answer_only import NOT_MERGEABLE_BECAUSE
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.library.record import ANSWER
 from modular_experts.serving.engine import Engine, Sampling
@@ -41,7 +41,9 @@ TURN = 20
 
 def write_experts(model: Any, place: Path, way: str) -> list[StoredExpert]:
     """Write random LoRAs that act in a way, and open them."""
-    facts: dict[str, Any] = {"acts_on": ANSWER, "not_mergeable_because": BECAUSE} if way == "answers" else {}
+    facts: dict[str, Any] = (
+        {"acts_on": ANSWER, "not_mergeable_because": NOT_MERGEABLE_BECAUSE} if way == "answers" else {}
+    )
     head = model.get_output_embeddings()
     weights = dict(model.named_parameters())
     shapes = {site.weight: weights[site.weight].shape for site in find_sites(model) if site.module is not head}

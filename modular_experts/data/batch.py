@@ -210,7 +210,7 @@ class AnswerInputs(NamedTuple):
     """How a model whose experts act on answers alone reads a padded batch.
 
     Attributes:
-        prompts: The prompts, which the base reads, `(n, width)` int64, padded on the left; the width is at least 2.
+        prompts: The prompts, which the base reads, `(n, width)` int64, padded on the left.
         prompt_mask: 1 on these tokens, `(n, width)` int64.
         ids: The last token of each prompt, and its answer without its last token, `(n, longest answer)` int64.
         mask: 1 where a token follows, `(n, longest answer)` int64.

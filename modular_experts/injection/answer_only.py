@@ -21,7 +21,7 @@ from modular_experts.language_model import acts_on_answers, reads_prompts_apart
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.prompts import PromptGates, evaluation_mode, kept_tokens
 
-BECAUSE = "it acts on answers alone, and in the base's weights it would act on prompts, too"
+NOT_MERGEABLE_BECAUSE = "it acts on answers alone, and in the base's weights it would act on prompts, too"
 """Why no delta is all that such an expert does, as the end of a sentence."""
 SHORT = 64
 """Tokens of an answer up to which attention is computed by plain products on a CPU."""
@@ -68,13 +68,13 @@ class AnswerOnly:
         The given cache is empty; without gates, None makes a new one. Prompts are padded on the left, where the mask
         `(n, length)` is 0.
         """
-        if self.gates is not None and _can_crop(cache):
-            # A layer of sliding attention then keeps what the crop needs.
-            cache.activate_past_recording()
-            self.gates.choose(self.model, ids, mask, cache=cache)
-            cache.crop(-1)
-            return cache
         if self.gates is not None:
+            if _can_crop(cache):
+                # A layer of sliding attention then keeps what the crop needs.
+                cache.activate_past_recording()
+                self.gates.choose(self.model, ids, mask, cache=cache)
+                cache.crop(-1)
+                return cache
             self.gates.choose(self.model, ids, mask)
         ids, mask = ids[:, :-1], mask[:, :-1]
         if not ids.shape[1]:
@@ -125,6 +125,10 @@ class AnswerOnly:
     @torch.no_grad()
     def _check_continues(self) -> None:
         """Raise if a padded pass behind kept keys and values differs from the pass over the whole row."""
+        refusal = (
+            f"acts_on=answer: {type(self.model).__name__} reads an answer behind kept keys and values otherwise than "
+            "behind its prompt; leave acts_on out"
+        )
         body = self.model.base_model
         device = self.model.device
         whole = torch.arange(3, 11, device=device)[None]
@@ -143,16 +147,13 @@ class AnswerOnly:
         with self.base_alone(), evaluation_mode(self.model):
             try:
                 behind = body(**named, use_cache=True)[0]
-            except RuntimeError:
+            except RuntimeError as error:
                 # Mamba takes one token at a time behind what it has read.
-                behind = torch.full_like(apart, torch.nan)
+                raise ValueError(refusal) from error
         # Rounding differs by the layout of a batch, in bfloat16 by up to a tenth of the prompt's part.
         allowed = torch.finfo(apart.dtype).eps ** 0.25 * (alone - apart).float().norm()
         if not (behind - apart).float().norm() <= allowed:
-            raise ValueError(
-                f"acts_on=answer: {type(self.model).__name__} reads an answer behind kept keys and values otherwise "
-                "than behind its prompt; leave acts_on out"
-            )
+            raise ValueError(refusal)
 
 
 def attention_of_answers(model: nn.Module, ids: Tensor) -> AbstractContextManager[object]:

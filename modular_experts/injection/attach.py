@@ -77,7 +77,7 @@ def _attached(
     model: nn.Module, opened: Sequence[Mapping[str, Delta]], check: bool, as_trained: bool
 ) -> Applied | Injected:
     if check_act_alike(stored_experts_of(opened)):
-        return on_answers(model, opened, check)
+        return put_on_answers(model, opened, check)
     in_layers = [
         expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
     ]
@@ -143,8 +143,8 @@ def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool
     return routed(model, [total], rows=[0], check=False)
 
 
-def on_answers(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
-    """Let the sum of experts act on answers alone."""
+def put_on_answers(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
+    """Add the sum of experts to a model, where it acts on answers alone, until `remove` or the end of a `with`."""
     with ExitStack() as until_ready:
         put = until_ready.enter_context(beside(model, experts, check))
         AnswerOnly(model)

@@ -10,7 +10,7 @@ from modular_experts.base import Base
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import add
 from modular_experts.experts.expert import Trained
-from modular_experts.injection.answer_only import BECAUSE
+from modular_experts.injection.answer_only import NOT_MERGEABLE_BECAUSE
 from modular_experts.injection.inject import expert_layers, expert_state, named_experts, task_vector
 from modular_experts.injection.task_heads import TaskHeads
 from modular_experts.language_model import acts_on_answers
@@ -126,5 +126,5 @@ def describe_experts(model: nn.Module) -> Record:
         facts["class_path"] = "+".join(class_path(type(expert)) for expert in with_state)
         facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
     if acts_on_answers(model):
-        facts |= {"acts_on": ANSWER, "not_mergeable_because": BECAUSE}
+        facts |= {"acts_on": ANSWER, "not_mergeable_because": NOT_MERGEABLE_BECAUSE}
     return facts

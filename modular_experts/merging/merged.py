@@ -12,7 +12,7 @@ import torch
 from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
-from modular_experts.injection.answer_only import BECAUSE
+from modular_experts.injection.answer_only import NOT_MERGEABLE_BECAUSE
 from modular_experts.injection.task_heads import head_state, warn_of_several_heads
 from modular_experts.library import (
     StoredExpert,
@@ -153,7 +153,7 @@ class Merged(TaskVector):
 
     @property
     def not_mergeable_because(self) -> str | None:
-        return BECAUSE if self.on_answers else None
+        return NOT_MERGEABLE_BECAUSE if self.on_answers else None
 
     def record(self) -> Record:
         """Return the record of the merge as an expert."""

@@ -26,7 +26,7 @@ from modular_experts.data.batch import IGNORED, Batch, Collator, Example
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
 from modular_experts.injection import context_length
-from modular_experts.injection.attach import on_answers
+from modular_experts.injection.attach import put_on_answers
 from modular_experts.injection.routed import Injected
 from modular_experts.injection.task_heads import put_task_heads
 from modular_experts.library import StoredExpert
@@ -112,7 +112,7 @@ class Objective:
         """Add `scale` times deltas to the model, until `remove` or the end of a `with`."""
         if self.on_answers:
             scaled = {name: delta * scale for name, delta in deltas.items()}
-            return on_answers(self.model, [scaled], check=False)
+            return put_on_answers(self.model, [scaled], check=False)
         return applied(self.model, deltas, scale, check=False)
 
     def check_acts_as(self, experts: Sequence[StoredExpert]) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.other_experts import GatedExpert
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from modular_experts import FullExpert, LoRAExpert, SparseExpert, inject, open_expert
 from modular_experts.data import TaskMixture
@@ -253,6 +254,14 @@ def test_a_model_that_loses_its_place_behind_kept_keys_is_refused(monkeypatch: p
     with pytest.raises(ValueError, match="GPT2LMHeadModel reads an answer behind kept keys and values otherwise"):
         AnswerOnly(model)
     model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def test_a_model_that_takes_one_token_at_a_time_behind_a_state_is_refused() -> None:
+    config = MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    inject(model, KINDS["lora"], ["in_proj", "out_proj"])
+    with pytest.raises(ValueError, match="MambaForCausalLM reads an answer behind kept keys and values otherwise"):
+        AnswerOnly(model)
 
 
 @pytest.fixture

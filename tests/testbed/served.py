@@ -17,7 +17,7 @@ from modular_experts.base.files import fingerprint
 from modular_experts.data.chat import PromptReading, PromptReadings
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
-from modular_experts.injection.answer_only import BECAUSE
+from modular_experts.injection.answer_only import NOT_MERGEABLE_BECAUSE
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.library.record import ANSWER
 from modular_experts.merging.route import route
@@ -88,7 +88,7 @@ def write(
     made = torch.Generator().manual_seed(seed)
     deltas = {weight: delta(form, shape, made) for weight, shape in shapes.items()}
     of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    facts = {"acts_on": ANSWER, "not_mergeable_because": BECAUSE} if on_answers else {}
+    facts = {"acts_on": ANSWER, "not_mergeable_because": NOT_MERGEABLE_BECAUSE} if on_answers else {}
     record = make_record("SparseExpert", of, tasks=[place.name], training=training, **facts)
     write_expert(place, deltas, record, **settings)
     return open_expert(place)
