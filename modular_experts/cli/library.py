@@ -249,7 +249,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score)}"
     if expert.acts_on_answers:
         yield "acts on", "answers alone; the base reads prompts"
-    if not expert.mergeable:
+        yield "merging", "with experts that act on answers alone, and not into the base's weights"
+    elif not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():
         numbers = sum(tensor.numel() for tensor in state.values())

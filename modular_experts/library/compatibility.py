@@ -203,8 +203,10 @@ def _check_mergeable(expert: StoredExpert, offers_skip: bool, alone: bool) -> No
         advice = "; evaluate, generate and serve use it as it is"
     elif offers_skip:
         advice = ""
+    # Experts that act on answers alone are merged among themselves.
+    use = "added" if expert.acts_on_answers else "merged or added"
     reason = expert.not_mergeable_because
-    raise ValueError(f"{expert.name} cannot be merged or added to its base, because {reason}{advice}")
+    raise ValueError(f"{expert.name} cannot be {use} to its base, because {reason}{advice}")
 
 
 def check_act_alike(experts: Sequence[StoredExpert]) -> bool:

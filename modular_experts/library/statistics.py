@@ -232,6 +232,11 @@ def gather_statistics(
     if kind is None:
         return Gathered([])
     lacking = [expert for expert in experts if not _file(expert, kind).is_file()]
+    if lacking and lacking[0].acts_on_answers:
+        raise ValueError(
+            f"this method needs {kind} statistics, and no command takes them of {lacking[0].place}: it acts on answers "
+            "alone, and they would count prompts, too; take a method without statistics (`methods` lists them)"
+        )
     if lacking:
         raise ValueError(
             f"{lacking[0].place} has no {kind} statistics, which this method needs; take them for all experts of the "

@@ -102,6 +102,10 @@ def test_the_command_merges_them_and_refuses_what_it_cannot_measure(experts, run
     tasks = ["--tasks", str(task_files["upper"]), str(task_files["reverse"])]
     code, _, _ = run("shrink", *places, *tasks, "--out", str(tmp_path / "small"))
     assert (code, open_expert(tmp_path / "small" / "upper").acts_on_answers) == (0, True)
+    code, _, err = run("merge", "--experts", *places, "--method", "RegMean", "--out", str(tmp_path / "other"))
+    assert (code, "needs gram statistics, and no command takes them of" in err) == (1, True)
+    code, out, _ = run("show", places[0])
+    assert "with experts that act on answers alone, and not into the base's weights" in " ".join(out.split())
     words = ["--method", "TaskArithmetic", "--output", "checkpoint", "--out", str(tmp_path / "other")]
     code, _, err = run("merge", "--experts", *places, *words)
-    assert (code, "because it acts on answers alone" in err) == (1, True)
+    assert (code, "upper cannot be added to its base, because it acts on answers alone" in err) == (1, True)
